@@ -1,0 +1,11 @@
+"""Encode clips and images with the video and audio autoencoders."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
+
+from ltx2_tuner.cli.ltx2_cache_latents import main  # noqa: E402
+
+if __name__ == "__main__":
+    sys.exit(main())

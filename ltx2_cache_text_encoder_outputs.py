@@ -1,0 +1,11 @@
+"""Encode captions with Gemma 3 and the text connectors."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
+
+from ltx2_tuner.cli.ltx2_cache_text_encoder_outputs import main  # noqa: E402
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,11 @@
+"""Generate pictures and sound with a checkpoint and LoRAs."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
+
+from ltx2_tuner.cli.ltx2_generate_video import main  # noqa: E402
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Network modules that --network_module can name (kohya network protocol)."""

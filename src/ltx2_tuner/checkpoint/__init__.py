@@ -1,0 +1,1 @@
+"""Reading official checkpoints: headers, configs, versions, streaming loads, fingerprints."""

@@ -1,0 +1,1 @@
+"""Argument groups and main(argv) of each script."""

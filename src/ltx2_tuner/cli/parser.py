@@ -1,0 +1,124 @@
+"""The parser every script uses, and the frame around its main function.
+
+A script's module holds `build_parser() -> Parser` and `main(argv=None) -> int`; `main` is decorated with
+`entry_point`, which maps `UserError` to one printed sentence and the exit codes of the suite:
+0 success, 1 user, configuration or data error, 2 argument parsing error, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from ltx2_tuner import __version__
+from ltx2_tuner.errors import UserError, nearest
+
+# Flags of related tools and of upstream's other models, with what to type here instead.
+COUNTERPARTS = {
+    "--rank": "--network_dim",
+    "--lora_alpha": "--network_alpha",
+    "--train_steps": "--max_train_steps",
+    "--caption_dropout_p": "--caption_dropout_rate",
+    "--pretrained_model_name_or_path": "--ltx2_checkpoint",
+    "--data_root": "--dataset_config",
+    "--t5": "--gemma_root",
+    "--text_encoder1": "--gemma_root",
+    "--text_encoder2": "--gemma_root",
+    "--vae_tiling": "--vae_spatial_tile_size",
+    "--vae_spatial_tile_sample_min_size": "--vae_spatial_tile_size",
+    "--vae_cache_cpu": "--vae_chunk_size",
+    "--fp8_llm": "--gemma_safetensors with an fp8 file",
+    "--text_encoder_dtype": "--mixed_precision",
+}
+
+# The scripts of the suite; a flag that belongs to another one is named with it.
+SCRIPTS = (
+    "ltx2_cache_latents",
+    "ltx2_cache_text_encoder_outputs",
+    "ltx2_train_network",
+    "ltx2_generate_video",
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse without abbreviations, whose errors name the closest flag or the script that has it."""
+
+    def __init__(self, script: str, description: str, **kwargs) -> None:
+        super().__init__(
+            prog=f"{script}.py",
+            description=description,
+            allow_abbrev=False,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            **kwargs,
+        )
+        self.script = script
+        self.add_argument("--version", action="version", version=f"ltx2-tuner {__version__}")
+
+    def flags(self) -> list[str]:
+        """Every long flag this parser knows."""
+        return [flag for flag in self._option_string_actions if flag.startswith("--")]
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace=None):
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self.error(self._unknown_message(unknown))
+        return parsed
+
+    def _unknown_message(self, unknown: list[str]) -> str:
+        flags = [token.split("=", 1)[0] for token in unknown if token.startswith("--")]
+        if not flags:
+            return f"unexpected argument: {' '.join(unknown)}"
+        return "; ".join(f"unknown flag {flag}{self._hint(flag)}" for flag in flags)
+
+    def _hint(self, flag: str) -> str:
+        if flag in COUNTERPARTS:
+            return f": here it is {COUNTERPARTS[flag]}"
+        for script in SCRIPTS:
+            if script != self.script and flag in _flags_of(script):
+                return f": it belongs to {script}.py"
+        match = nearest(flag, self.flags())
+        return f" (did you mean {match}?)" if match else f"; python {self.script}.py --help lists the flags"
+
+
+@functools.cache
+def _flags_of(script: str) -> frozenset[str]:
+    import importlib
+
+    try:
+        module = importlib.import_module(f"ltx2_tuner.cli.{script}")
+    except ModuleNotFoundError:
+        return frozenset()
+    return frozenset(module.build_parser().flags())
+
+
+def entry_point(function: Callable[[Sequence[str] | None], int | None]) -> Callable[..., int]:
+    """Wrap a script's `main(argv)`: logging, allocator settings, and user errors as one sentence with exit status 1."""
+
+    @functools.wraps(function)
+    def main(argv: Sequence[str] | None = None) -> int:
+        _use_utf8()
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+        if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+            os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+            os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+        try:
+            return function(argv) or 0
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
+
+    return main
+
+
+def _use_utf8() -> None:
+    """Names and captions may hold any character; a Windows console would otherwise stop at the first of them."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8", errors="replace")

@@ -1,0 +1,1 @@
+"""Dataset configuration, discovery, buckets, clip extraction, cache files, batches."""

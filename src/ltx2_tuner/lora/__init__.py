@@ -1,0 +1,1 @@
+"""The LoRA network, its target presets and its file formats."""

@@ -1,0 +1,1 @@
+"""Block streaming, activation offload, and the planner that chooses among them."""

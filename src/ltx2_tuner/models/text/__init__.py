@@ -1,0 +1,1 @@
+"""From Gemma hidden states to the text context of the transformer."""

@@ -1,0 +1,1 @@
+"""The causal video autoencoder and its tiled forms."""

@@ -1,0 +1,1 @@
+"""From mel spectrogram to waveform."""

@@ -1,0 +1,1 @@
+"""Frozen linear layers in bf16, fp8 and nf4."""

@@ -1,0 +1,1 @@
+"""Schedules, guidance, conditioning, decoding, prompt files and previews."""

@@ -1,0 +1,1 @@
+"""Flow matching, modes, losses, optimizers, the loop, state and validation."""

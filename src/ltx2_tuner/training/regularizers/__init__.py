@@ -1,0 +1,1 @@
+"""One class a regularizer: extra forwards and the loss they add."""
