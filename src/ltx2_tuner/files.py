@@ -114,7 +114,7 @@ def stream_safetensors(
     produce: Callable[[str], torch.Tensor],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Like `write_safetensors`, asking for one tensor at a time, so that a 40 GB file needs the memory of one tensor."""
+    """Like `write_safetensors`, asking for one tensor at a time: a 40 GB file needs the memory of one tensor."""
     with atomic_write(path) as file:
         file.write(safetensors_header(entries, metadata))
         for name in sorted(entries):
