@@ -1,0 +1,244 @@
+"""Reading clips: header facts, a counting pass, and frames as 8-bit RGB at a chosen frame rate."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+
+from ltx2_tuner.media.errors import MediaError, reading
+from ltx2_tuner.media.frame_rate import FrameSelection
+
+# The first frames' timestamps that the variable frame rate check looks at, and the spread it tolerates.
+TIMED_FRAMES = 64
+MAX_TIME_SPREAD = 0.20
+MAX_RATE_DIFFERENCE = 0.05
+
+Resize = Callable[[np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """Facts about a clip.
+
+    width, height: pixels of the upright picture. fps: average frames/s, None when the container does not say.
+    frames: frames in the file (counted by `count_frames`, the container's claim or 0 otherwise). duration: seconds,
+    0 when unknown. rotation: degrees counter-clockwise that make the stored picture upright. is_vfr: the frame rate
+    looks variable. start_time: seconds on the container's clock of the first frame.
+    """
+
+    width: int
+    height: int
+    fps: float | None
+    frames: int
+    duration: float
+    rotation: int
+    is_vfr: bool
+    has_audio: bool
+    start_time: float = 0.0
+
+
+def probe(path: str | os.PathLike) -> VideoInfo:
+    """Read a clip's header and decode its first frame.
+
+    Raises:
+        MediaError: missing, damaged, or without a picture stream.
+    """
+    return _inspect(path, TIMED_FRAMES, exact=False)
+
+
+def count_frames(path: str | os.PathLike, limit: int | None = None) -> VideoInfo:
+    """Like `probe`, with `frames` counted by decoding (at most `limit` frames, in presentation order).
+
+    Raises:
+        MediaError: the file is damaged or cut off before the limit, or holds no frame.
+    """
+    return _inspect(path, limit, exact=True)
+
+
+def iter_frames(path: str | os.PathLike) -> Iterator[np.ndarray]:
+    """All frames of the first picture stream in presentation order, upright, uint8 (H, W, 3).
+
+    Raises:
+        MediaError: missing, damaged, cut off, or without a frame.
+    """
+    for frame in _decoded(path):
+        yield _upright(frame.to_ndarray(format="rgb24"), frame.rotation)
+
+
+def read_frames(
+    path: str | os.PathLike,
+    *,
+    source_fps: float | Fraction | None = None,
+    target_fps: float | Fraction | None = None,
+    start: int = 0,
+    count: int | None = None,
+    resize: Resize | None = None,
+) -> np.ndarray:
+    """Read frames `start` to `start + count` of a clip, counted after frame rate conversion.
+
+    Args:
+        source_fps: overrides the rate the container states.
+        target_fps: rate to convert to (see `frame_rate`); None keeps every frame.
+        count: frames wanted; None reads to the end. Fewer come back when the clip ends earlier.
+        resize: applied to each decoded frame at once, so that memory holds only resized frames.
+
+    Returns:
+        uint8 (N, H, W, 3).
+
+    Raises:
+        MediaError: missing, damaged, or fewer than `start + 1` frames.
+    """
+    rate = source_fps
+    if rate is None and target_fps is not None:
+        rate = stated_fps(path)
+    selection = FrameSelection(rate, target_fps)
+    chosen: list[np.ndarray] = []
+    for index, frame in enumerate(_decoded(path)):
+        while count is None or len(chosen) < count:
+            wanted = selection.source_index(start + len(chosen))
+            if wanted > index:
+                break
+            if chosen and selection.source_index(start + len(chosen) - 1) == index:
+                chosen.append(chosen[-1])
+                continue
+            pixels = _upright(frame.to_ndarray(format="rgb24"), frame.rotation)
+            chosen.append(resize(pixels) if resize else pixels)
+        if count is not None and len(chosen) >= count:
+            break
+    if not chosen:
+        raise MediaError(f"{path}: the clip ends before frame {start}")
+    return np.stack(chosen)
+
+
+def stated_fps(path: str | os.PathLike) -> float | None:
+    """Frames/s according to the container: its average rate, else its base rate, else None.
+
+    Raises:
+        MediaError: missing, damaged, or without a picture stream.
+    """
+    import av
+
+    with reading(path), av.open(os.fspath(path)) as container:
+        rate = _stream_rate(_picture_stream(container, path))
+    return float(rate) if rate else None
+
+
+def _inspect(path: str | os.PathLike, limit: int | None, exact: bool) -> VideoInfo:
+    import av
+
+    with reading(path), av.open(os.fspath(path)) as container:
+        stream = _picture_stream(container, path)
+        rate, base = _stream_rate(stream), stream.base_rate
+        duration = float(stream.duration * stream.time_base) if stream.duration else (container.duration or 0) / 1e6
+        claimed = stream.frames
+        has_audio = bool(container.streams.audio)
+    first = None
+    times: list[float] = []
+    frames = 0
+    for frame in _decoded(path):
+        first = first if first is not None else frame
+        frames += 1
+        if len(times) < TIMED_FRAMES and frame.time is not None:
+            times.append(frame.time)
+        if limit is not None and frames >= limit:
+            break
+    rotation = round(first.rotation / 90) * 90
+    width, height = (first.height, first.width) if rotation % 180 else (first.width, first.height)
+    return VideoInfo(
+        width=width,
+        height=height,
+        fps=float(rate) if rate else None,
+        frames=frames if exact else max(claimed, 0),
+        duration=duration,
+        rotation=rotation,
+        is_vfr=_is_variable(rate, base, times),
+        has_audio=has_audio,
+        start_time=times[0] if times else 0.0,
+    )
+
+
+def _decoded(path: str | os.PathLike) -> Iterator:
+    """Decoded `av.VideoFrame`s; complains when the file yields none or ends before its own index does."""
+    import av
+
+    with reading(path), av.open(os.fspath(path)) as container:
+        stream = _picture_stream(container, path)
+        stream.thread_type = "AUTO"
+        expected = _indexed_packets(container, stream)
+        packets = frames = 0
+        end = 0.0
+        for packet in container.demux(stream):
+            packets += packet.size > 0
+            if packet.is_corrupt:
+                raise MediaError(f"{path}: damaged after {frames} frames; replace the file or take it out")
+            for frame in packet.decode():
+                frames += 1
+                if frame.time is not None:
+                    end = max(end, frame.time)
+                yield frame
+        if not frames:
+            raise MediaError(f"{path}: no picture could be decoded; the file is empty or damaged")
+        if packets < expected or _ends_early(container, path, end):
+            raise MediaError(f"{path}: the file is cut off after {frames} frames; copy it again or take it out")
+
+
+def _picture_stream(container, path: str | os.PathLike):
+    """The first picture stream that is not a cover image."""
+    import av
+
+    streams = [
+        stream for stream in container.streams.video if not stream.disposition & av.stream.Disposition.attached_pic
+    ]
+    if not streams:
+        raise MediaError(f"{path}: there is no picture stream in it")
+    return streams[0]
+
+
+def _stream_rate(stream) -> Fraction | None:
+    for rate in (stream.average_rate, stream.base_rate):
+        if rate is not None and rate > 0:
+            return rate
+    return None
+
+
+def _indexed_packets(container, stream) -> int:
+    """How many packets the container's own index promises for a stream; 0 when it has no complete index."""
+    kind = container.format.name
+    if "mp4" in kind and hasattr(stream, "index_entries"):
+        return len(stream.index_entries)
+    if kind == "avi":
+        return stream.frames
+    return 0
+
+
+def _ends_early(container, path: str | os.PathLike, end: float) -> bool:
+    """Matroska has no full index: compare the duration in its header with where its last packets end."""
+    if "matroska" not in container.format.name or not container.duration or not Path(path).is_file():
+        return False
+    duration = container.duration / 1e6
+    slack = max(0.5, 0.02 * duration)
+    if end >= duration - slack:
+        return False
+    import av
+
+    with av.open(os.fspath(path)) as whole:
+        ends = [float(packet.pts * packet.time_base) for packet in whole.demux() if packet.pts is not None]
+    return max(ends, default=0.0) < duration - slack
+
+
+def _is_variable(rate: Fraction | None, base: Fraction | None, times: list[float]) -> bool:
+    if rate and base and abs(float(base) / float(rate) - 1) > MAX_RATE_DIFFERENCE:
+        return True
+    steps = np.diff(times)
+    return len(steps) > 1 and bool(steps.max() - steps.min() > MAX_TIME_SPREAD * steps.mean())
+
+
+def _upright(pixels: np.ndarray, rotation: int) -> np.ndarray:
+    """Turn a stored picture by its display matrix (degrees counter-clockwise, rounded to quarter turns)."""
+    turns = round(rotation / 90) % 4
+    return np.ascontiguousarray(np.rot90(pixels, turns)) if turns else pixels
