@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import os
-from fractions import Fraction
 
 import numpy as np
 import torch
@@ -176,8 +175,3 @@ def time_stretch(samples: np.ndarray, rate: int, length: int) -> np.ndarray:
     advance = torch.linspace(0, math.pi * hop, spectrum.shape[-2])[:, None]
     stretched = torchaudio.functional.phase_vocoder(spectrum, count / length, advance)
     return torch.istft(stretched, size, hop, window=window, length=length).numpy()
-
-
-def time_range(position: int, count: int, step: Fraction, rate: int) -> tuple[int, int]:
-    """Samples [begin, end) that belong to frames [position, position + count), `step` seconds apart."""
-    return round(position * step * rate), round((position + count) * step * rate)

@@ -1,9 +1,10 @@
-"""Reading clips: header facts, a counting pass, and frames as 8-bit RGB at a chosen frame rate."""
+"""Reading clips: header facts, a counting pass, and frames as 8-bit RGB."""
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -11,7 +12,6 @@ from pathlib import Path
 import numpy as np
 
 from ltx2_tuner.media.errors import MediaError, reading
-from ltx2_tuner.media.frame_rate import FrameSelection
 
 # The first frames' timestamps that the variable frame rate check looks at, and the spread it tolerates.
 TIMED_FRAMES = 64
@@ -71,47 +71,39 @@ def iter_frames(path: str | os.PathLike) -> Iterator[np.ndarray]:
 
 
 def read_frames(
-    path: str | os.PathLike,
-    *,
-    source_fps: float | Fraction | None = None,
-    target_fps: float | Fraction | None = None,
-    start: int = 0,
-    count: int | None = None,
-    resize: Resize | None = None,
+    path: str | os.PathLike, indices: Iterable[int] | None = None, *, resize: Resize | None = None
 ) -> np.ndarray:
-    """Read frames `start` to `start + count` of a clip, counted after frame rate conversion.
+    """Read chosen frames of a clip, decoding no further than the last of them.
 
     Args:
-        source_fps: overrides the rate the container states.
-        target_fps: rate to convert to (see `frame_rate`); None keeps every frame.
-        count: frames wanted; None reads to the end. Fewer come back when the clip ends earlier.
-        resize: applied to each decoded frame at once, so that memory holds only resized frames.
+        indices: source frame numbers in presentation order, never decreasing (an index may repeat, which repeats the
+            frame); None reads every frame.
+        resize: applied to each chosen frame at once, so that memory holds only resized frames.
 
     Returns:
-        uint8 (N, H, W, 3).
+        uint8 (N, H, W, 3), upright. Shorter than `indices` when the clip ends before them.
 
     Raises:
-        MediaError: missing, damaged, or fewer than `start + 1` frames.
+        MediaError: missing, damaged, or ended before the first wanted frame.
     """
-    rate = source_fps
-    if rate is None and target_fps is not None:
-        rate = stated_fps(path)
-    selection = FrameSelection(rate, target_fps)
+    wanted = itertools.count() if indices is None else iter(indices)
+    index = next(wanted, None)
+    if index is None:
+        raise ValueError("no frame was asked for")
+    first = index
     chosen: list[np.ndarray] = []
-    for index, frame in enumerate(_decoded(path)):
-        while count is None or len(chosen) < count:
-            wanted = selection.source_index(start + len(chosen))
-            if wanted > index:
-                break
-            if chosen and selection.source_index(start + len(chosen) - 1) == index:
-                chosen.append(chosen[-1])
-                continue
-            pixels = _upright(frame.to_ndarray(format="rgb24"), frame.rotation)
-            chosen.append(resize(pixels) if resize else pixels)
-        if count is not None and len(chosen) >= count:
+    for number, frame in enumerate(_decoded(path)):
+        if number < index:
+            continue
+        pixels = _upright(frame.to_ndarray(format="rgb24"), frame.rotation)
+        pixels = resize(pixels) if resize else pixels
+        while index == number:
+            chosen.append(pixels)
+            index = next(wanted, None)
+        if index is None:
             break
     if not chosen:
-        raise MediaError(f"{path}: the clip ends before frame {start}")
+        raise MediaError(f"{path}: the clip ends before frame {first}")
     return np.stack(chosen)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import wave
 from collections.abc import Iterable
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,6 @@ from PIL import Image
 
 from ltx2_tuner.files import atomic_write
 from ltx2_tuner.media.audio import to_stereo
-from ltx2_tuner.media.frame_rate import exact_rate
 
 CRF = 18
 # Rec. 709, limited range, as ffmpeg numbers them: what players assume for untagged files of this size anyway.
@@ -38,7 +38,7 @@ def write_video(
     """
     import av
 
-    rate = exact_rate(fps)
+    rate = Fraction(fps).limit_denominator(100_000)
     count = 0
     with atomic_write(path) as file, av.open(file, "w", format=_container_format(path)) as container:
         stream = container.add_stream("libx264", rate=rate, options={"crf": str(CRF)})
