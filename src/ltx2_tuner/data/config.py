@@ -1,0 +1,301 @@
+"""The dataset file: reading it, inheritance, and the frozen records everything else works with.
+
+All mistakes of one file are reported together, in one error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ltx2_tuner.data import config_checks
+from ltx2_tuner.data.extraction import round8
+from ltx2_tuner.data.options import FOREIGN_KEYS, INPUT_DIRECTORIES, OPTIONS, OUTPUT_DIRECTORIES, SOURCE_KEYS, text
+from ltx2_tuner.errors import UserError, did_you_mean
+
+logger = logging.getLogger(__name__)
+
+_TOP_LEVEL = ("general", "datasets", "validation_datasets")
+DEFAULT_FPS = 25.0  # what the model is told for pictures and sound files
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """One dataset after inheritance. Options of other kinds hold their defaults.
+
+    kind: image, video or audio, from the source key. item_kind: what its items are, which differs for a video dataset
+    in audio mode (every file is one audio item). source_directory / source_jsonl: one of them, or neither for a
+    dataset that came from a manifest. resolution: (width, height) pixels. Loss weights: None = the trainer's own.
+    """
+
+    label: str
+    index: int
+    validation: bool
+    kind: str
+    item_kind: str
+    source_directory: Path | None
+    source_jsonl: Path | None
+    cache_directory: Path
+    resolution: tuple[int, int]
+    caption_extension: str
+    caption_field: str
+    batch_size: int
+    num_repeats: int
+    enable_bucket: bool
+    bucket_no_upscale: bool
+    video_loss_weight: float | None
+    audio_loss_weight: float | None
+    separate_audio_buckets: bool
+    reference_directory: Path | None
+    reference_cache_directory: Path | None
+    reference_frames: int
+    reference_follow_crop: bool
+    reference_audio_directory: Path | None
+    reference_audio_cache_directory: Path | None
+    target_frames: tuple[int, ...]
+    frame_extraction: str
+    frame_stride: int
+    frame_sample: int
+    max_frames: int
+    source_fps: float | None
+    target_fps: float
+    audio_peak_db: float | None
+    audio_bucket_strategy: str
+    audio_bucket_interval: float
+
+    @property
+    def cache_only(self) -> bool:
+        """Whether only the caches are known (the dataset came from a manifest)."""
+        return self.source_directory is None and self.source_jsonl is None
+
+    @property
+    def has_reference_source(self) -> bool:
+        """Whether reference pictures or clips can be cached: a folder, or a JSONL file that may name them."""
+        source = self.reference_directory or self.source_jsonl
+        return source is not None and self.reference_cache_directory is not None
+
+    @property
+    def has_reference_audio_source(self) -> bool:
+        """Whether reference sound can be cached: a folder, or a JSONL file that may name it."""
+        source = self.reference_audio_directory or self.source_jsonl
+        return source is not None and self.reference_audio_cache_directory is not None
+
+    @property
+    def model_fps(self) -> float:
+        """Frames per second the model is told for items of this dataset."""
+        return self.target_fps if self.item_kind == "video" else DEFAULT_FPS
+
+
+@dataclass(frozen=True)
+class DatasetConfig:
+    """All datasets of a file (or manifest). `mode` is video, av or audio, after the switch for audio-only files."""
+
+    path: Path
+    mode: str
+    datasets: tuple[Dataset, ...]
+    validation: tuple[Dataset, ...] = ()
+
+    @property
+    def all(self) -> tuple[Dataset, ...]:
+        """Training datasets, then validation datasets."""
+        return self.datasets + self.validation
+
+
+def load_dataset_config(
+    path: str | Path,
+    mode: str,
+    *,
+    purpose: str = "caching",
+    typed: Mapping[str, object] | None = None,
+    reference_downscale: int = 1,
+) -> DatasetConfig:
+    """Read a .toml or .json dataset file.
+
+    Args:
+        mode: video, av or audio (--ltx2_mode).
+        purpose: "caching" (sources must exist) or "training" (only caches are read).
+        typed: options the user typed on the command line, by their TOML names; the file wins over them.
+        reference_downscale: --reference_downscale, which decides what resolutions are legal.
+
+    Raises:
+        UserError: with every problem of the file.
+    """
+    path = Path(path)
+    document = _read_document(path)
+    problems = config_checks.Problems(path)
+    _check_top_level(document, problems)
+    general = document.get("general", {})
+    general = general if isinstance(general, dict) else {}
+    parsed_general = _parse_table(general, "general", problems)
+    _warn_foreign_keys(path, document)
+    groups = {}
+    for name in ("datasets", "validation_datasets"):
+        tables = document.get(name, [])
+        tables = tables if isinstance(tables, list) else []
+        built = (
+            _build(table, f"{name}[{index}]", index, name != "datasets", parsed_general, typed or {}, path, problems)
+            for index, table in enumerate(tables)
+        )
+        groups[name] = tuple(dataset for dataset in built if dataset is not None)
+    datasets, validation = groups["datasets"], groups["validation_datasets"]
+    mode = config_checks.resolve_mode(mode, datasets + validation)
+    config = DatasetConfig(path, mode, *(_for_mode(group, mode) for group in (datasets, validation)))
+    config_checks.check_config(config, problems, purpose, reference_downscale)
+    problems.raise_if_any()
+    problems.log()
+    return config
+
+
+def dataset_from_options(
+    options: Mapping[str, object], kind: str, label: str, index: int, validation: bool, **paths: Path | None
+) -> Dataset:
+    """A dataset from checked option values; missing ones take their defaults. `paths` replaces path options."""
+    names = {field.name for field in dataclasses.fields(Dataset)}
+    values = {name: options.get(name, option.default) for name, option in OPTIONS.items() if name in names}
+    values |= {"source_directory": None, "source_jsonl": None} | paths
+    values["target_frames"] = tuple(sorted({round8(count) for count in values["target_frames"]}))
+    return Dataset(label=label, index=index, validation=validation, kind=kind, item_kind=kind, **values)
+
+
+def _read_document(path: Path) -> dict:
+    """The parsed file, a mapping."""
+    if path.suffix.lower() not in (".toml", ".json"):
+        raise UserError(f"{path}: a dataset file ends in .toml or .json")
+    try:
+        content = path.read_text(encoding="utf-8-sig")
+        document = tomllib.loads(content) if path.suffix.lower() == ".toml" else json.loads(content)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such dataset file; check --dataset_config") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read as {path.suffix[1:].upper()}: {error}") from error
+    if not isinstance(document, dict):
+        raise UserError(f"{path}: the top level must be a table with [[datasets]] entries")
+    return document
+
+
+def _check_top_level(document: dict, problems: config_checks.Problems) -> None:
+    for key in document:
+        if key not in _TOP_LEVEL:
+            problems.error(f"unknown top-level key '{key}'{did_you_mean(key, _TOP_LEVEL)}")
+    if not isinstance(document.get("general", {}), dict):
+        problems.error("[general] must be a table")
+    for name in ("datasets", "validation_datasets"):
+        if not isinstance(document.get(name, []), list):
+            problems.error(f"'{name}' must be an array of tables: write [[{name}]]")
+    if not document.get("datasets"):
+        problems.error("no [[datasets]] entry; add one with a source such as video_directory")
+
+
+def _warn_foreign_keys(path: Path, document: dict) -> None:
+    tables = [document.get("general")] + [
+        table for name in _TOP_LEVEL[1:] for table in document.get(name) or [] if isinstance(document.get(name), list)
+    ]
+    found = sorted({key for table in tables if isinstance(table, dict) for key in table if key in FOREIGN_KEYS})
+    if found:
+        logger.warning("%s: ignored, options of other models: %s", path, ", ".join(found))
+
+
+def _parse_table(table: dict, label: str, problems: config_checks.Problems) -> dict[str, object]:
+    """Checked option values of one table, without the source keys."""
+    values = {}
+    for key, value in table.items():
+        if key in SOURCE_KEYS or key in FOREIGN_KEYS:
+            if label == "general" and key in SOURCE_KEYS:
+                problems.error(f"general: '{key}' belongs in a [[datasets]] entry, not in [general]")
+        elif key not in OPTIONS:
+            problems.error(f"{label}: unknown key '{key}'{did_you_mean(key, [*OPTIONS, *SOURCE_KEYS])}")
+        else:
+            try:
+                values[key] = OPTIONS[key].parse(value)
+            except ValueError as expected:
+                problems.error(f"{label}: '{key}' must be {expected}, not {json.dumps(value, default=str)}")
+    return values
+
+
+def _build(
+    table: object,
+    label: str,
+    index: int,
+    validation: bool,
+    general: dict[str, object],
+    typed: Mapping[str, object],
+    path: Path,
+    problems: config_checks.Problems,
+) -> Dataset | None:
+    """One dataset after inheritance, or None when it has no usable source key."""
+    if not isinstance(table, dict):
+        problems.error(f"{label}: must be a table")
+        return None
+    own = _parse_table(table, label, problems)
+    source = _source(table, label, path, problems)
+    if source is None:
+        return None
+    kind, paths = source
+    _check_kinds(own, kind, label, problems)
+    chosen = {key: value for key, value in general.items() if kind in OPTIONS[key].kinds} | own
+    config_checks.check_conflicts(chosen, kind, label, problems)
+    flags = {key: value for key, value in typed.items() if value is not None and OPTIONS[key].from_command_line}
+    options = flags | chosen
+    for key in INPUT_DIRECTORIES:
+        if key in options:
+            options[key] = find_input(options[key], path.parent)
+    if "reference_directory" not in options and "reference_cache_directory" in options:
+        options["reference_directory"] = options.get("control_directory")
+    if "cache_directory" not in options and "source_jsonl" in paths:
+        problems.error(f"{label}: a JSONL dataset needs cache_directory")
+    options.setdefault("cache_directory", paths.get("source_directory") or path.parent)
+    for key in OUTPUT_DIRECTORIES:
+        if key in options:
+            options[key] = Path(options[key]).expanduser()
+    return dataset_from_options(options, kind, label, index, validation, **paths)
+
+
+def _source(
+    table: dict, label: str, path: Path, problems: config_checks.Problems
+) -> tuple[str, dict[str, Path | None]] | None:
+    """The kind and the source path fields of a dataset table."""
+    present = [key for key in SOURCE_KEYS if key in table]
+    if len(present) != 1:
+        found = f"several sources ({', '.join(present)}); keep one" if present else "no source; add one of "
+        problems.error(f"{label}: {found}" + ("" if present else ", ".join(SOURCE_KEYS)))
+        return None
+    kind, is_jsonl = SOURCE_KEYS[present[0]]
+    try:
+        source = find_input(text(table[present[0]]), path.parent)
+    except ValueError as expected:
+        problems.error(f"{label}: '{present[0]}' must be {expected}, not {json.dumps(table[present[0]], default=str)}")
+        return None
+    return kind, {"source_jsonl" if is_jsonl else "source_directory": source}
+
+
+def _check_kinds(own: dict[str, object], kind: str, label: str, problems: config_checks.Problems) -> None:
+    """Options that another kind of dataset has."""
+    for key in own:
+        option = OPTIONS[key]
+        if kind in option.kinds:
+            continue
+        if kind in option.tolerated:
+            problems.info(f"{label}: '{key}' has no effect on {kind} datasets")
+        else:
+            owners = " and ".join(option.kinds)
+            article = "an" if kind[0] in "aeiou" else "a"
+            problems.error(f"{label}: '{key}' is an option of {owners} datasets but this is {article} {kind} dataset")
+
+
+def find_input(name: str, *folders: Path) -> Path:
+    """An existing path below the working directory or one of `folders`, in that order; else the first candidate."""
+    wanted = Path(name).expanduser()
+    candidates = [wanted, *(folder / wanted for folder in folders)]
+    return next((candidate for candidate in candidates if candidate.exists()), wanted)
+
+
+def _for_mode(datasets: tuple[Dataset, ...], mode: str) -> tuple[Dataset, ...]:
+    """In audio mode every file of a video dataset is one audio item."""
+    if mode != "audio":
+        return datasets
+    return tuple(dataclasses.replace(dataset, item_kind="audio") for dataset in datasets)
