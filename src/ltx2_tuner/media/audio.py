@@ -53,6 +53,7 @@ def read_audio(
 
     path = os.fspath(path)
     with reading(path), av.open(path) as container:
+        _check_riff_size(path)
         if not container.streams.audio:
             raise MediaError(f"{path}: there is no sound stream in it")
         stream = container.streams.audio[0]
@@ -88,11 +89,22 @@ def _decode(container, stream, until: float | None) -> tuple[list[np.ndarray], f
         if until is not None and first + samples / frame.sample_rate > until:
             return blocks, first
     duration = stream.duration * stream.time_base if stream.duration else None
-    states_length = container.format.name in ("wav", "flac") or "mp4" in container.format.name
+    states_length = container.format.name == "flac" or "mp4" in container.format.name
     if duration and states_length and samples / stream.codec_context.sample_rate < float(duration) - 0.1:
-        name = container.name
-        raise MediaError(f"{name}: the sound is cut off; copy the file again or take it out")
+        raise MediaError(f"{container.name}: the sound is cut off; copy the file again or take it out")
     return blocks, first or 0.0
+
+
+def _check_riff_size(path: str) -> None:
+    """WAV files carry no index, but their first chunk says how long the file is."""
+    with open(path, "rb") as file:
+        head = file.read(8)
+        if head[:4] != b"RIFF":
+            return
+        stated = int.from_bytes(head[4:8], "little")
+        # Files written to a pipe hold 0 or the highest number.
+        if 0 < stated < 0xFFFFFFFF and stated + 8 > os.fstat(file.fileno()).st_size:
+            raise MediaError(f"{path}: the sound is cut off; copy the file again or take it out")
 
 
 def _picture_start(path: str) -> float | None:

@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path
 
 import numpy as np
 
@@ -171,7 +170,7 @@ def _decoded(path: str | os.PathLike) -> Iterator:
             for frame in packet.decode():
                 frames += 1
                 if frame.time is not None:
-                    end = max(end, frame.time)
+                    end = max(end, frame.time + float((frame.duration or 0) * frame.time_base))
                 yield frame
         if not frames:
             raise MediaError(f"{path}: no picture could be decoded; the file is empty or damaged")
@@ -209,18 +208,21 @@ def _indexed_packets(container, stream) -> int:
 
 
 def _ends_early(container, path: str | os.PathLike, end: float) -> bool:
-    """Matroska has no full index: compare the duration in its header with where its last packets end."""
-    if "matroska" not in container.format.name or not container.duration or not Path(path).is_file():
+    """Matroska has no full index: compare the duration in its header with where its last packets end (seconds)."""
+    if "matroska" not in container.format.name or not container.duration:
         return False
-    duration = container.duration / 1e6
-    slack = max(0.5, 0.02 * duration)
-    if end >= duration - slack:
+    stated_end = container.duration / 1e6 - max(0.1, 0.005 * container.duration / 1e6)
+    if end >= stated_end:
         return False
     import av
 
     with av.open(os.fspath(path)) as whole:
-        ends = [float(packet.pts * packet.time_base) for packet in whole.demux() if packet.pts is not None]
-    return max(ends, default=0.0) < duration - slack
+        ends = [
+            float((packet.pts + (packet.duration or 0)) * packet.time_base)
+            for packet in whole.demux()
+            if packet.pts is not None
+        ]
+    return max(ends, default=0.0) < stated_end
 
 
 def _is_variable(rate: Fraction | None, base: Fraction | None, times: list[float]) -> bool:
