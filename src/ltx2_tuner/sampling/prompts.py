@@ -13,10 +13,10 @@ from ltx2_tuner.errors import UserError, did_you_mean
 
 logger = logging.getLogger(__name__)
 
-_IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".tif", ".tiff", ".gif")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".tif", ".tiff", ".gif")
 _VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
 _SOUNDS = (".wav", ".mp3", ".flac", ".ogg", ".m4a", ".aac", ".opus")
-MEDIA_SUFFIXES = frozenset((*_IMAGES, *_VIDEOS, *_SOUNDS))
+MEDIA_SUFFIXES = frozenset((*IMAGE_SUFFIXES, *_VIDEOS, *_SOUNDS))
 
 
 @dataclasses.dataclass(frozen=True)
