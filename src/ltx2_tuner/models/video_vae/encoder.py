@@ -41,12 +41,8 @@ class VideoEncoder(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(B, 3, N, H, W) in [-1, 1] -> (B, C, F, h, w) in the dtype of the weights."""
-        frames, height, width = pixels.shape[2:]
-        self.config.latent_shape((frames, height, width))  # refuses sizes that do not divide
-        extra = (frames - 1) % self.config.temporal_scale
-        if extra:
-            logger.warning("%d frames are not 8n+1: the last %d are not encoded", frames, extra)
-            pixels = pixels[:, :, : frames - extra]
+        self.config.latent_shape(pixels.shape[2:])  # refuses sizes that do not divide
+        pixels = drop_incomplete(pixels, self.config.temporal_scale)
         x = patchify(pixels.to(self.conv_in.conv.weight.dtype), self.config.patch_size)
         x = self.conv_in(x)
         for block in self.down_blocks:
@@ -54,6 +50,17 @@ class VideoEncoder(nn.Module):
         x = self.conv_out(F.silu(self.conv_norm_out(x), inplace=True))
         mean = x[:, : self.config.latent_channels]
         return self.per_channel_statistics.normalise(mean).contiguous()
+
+
+def drop_incomplete(pixels: Tensor, temporal_scale: int) -> Tensor:
+    """(B, 3, N, H, W) without the frames after the last n*scale + 1, which would not fill a latent; warns."""
+    extra = (pixels.shape[2] - 1) % temporal_scale
+    if not extra:
+        return pixels
+    logger.warning(
+        "%d frames are not a multiple of %d plus 1: the last %d are not encoded", pixels.shape[2], temporal_scale, extra
+    )
+    return pixels[:, :, :-extra]
 
 
 def _down_block(spec: BlockSpec, channels: int, config: VideoVAEConfig) -> tuple[nn.Module, int]:
