@@ -1,0 +1,191 @@
+"""A low-rank adapter and the module that puts it beside a frozen linear layer.
+
+    y = base(x) + multiplier · (alpha / r) · up(down(x))
+
+The base may be any linear layer (bf16, fp8, nf4, another LoRALinear): its output is what the adapter adds to, and its
+own backward gives its own input gradient. The adapter keeps its matrices in float32 and multiplies in the compute
+dtype: that of autocast, or the dtype set with `compute_dtype`, or else the dtype of its parameters. For the backward
+pass it keeps x itself (the tensor the base got, not a float32 copy) and the r columns of down(x).
+
+Legend: B batch, T tokens, r rank.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class _AddLowRank(torch.autograd.Function):
+    """base_out + scale · ((x downᵀ) · mask) upᵀ, added to `base_out` in place.
+
+    A linear layer's backward does not read its own output, so overwriting it saves one copy of the activation.
+    """
+
+    @staticmethod
+    def forward(ctx, base_out: Tensor, x: Tensor, down: Tensor, up: Tensor, scale: float, mask: Tensor | None):
+        hidden = F.linear(x, down.to(x.dtype))  # (..., r)
+        if mask is not None:
+            hidden = hidden * mask
+        rows = base_out.view(-1, base_out.shape[-1])
+        rows.addmm_(hidden.reshape(-1, hidden.shape[-1]), up.to(x.dtype).t(), alpha=scale)
+        ctx.save_for_backward(x, hidden, down, up, mask)
+        ctx.scale = scale
+        ctx.mark_dirty(base_out)
+        return base_out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, hidden, down, up, mask = ctx.saved_tensors
+        rows = grad.reshape(-1, grad.shape[-1])  # (N, out)
+        grad_hidden = (rows @ up.to(grad.dtype)).mul_(ctx.scale).view(hidden.shape)
+        grad_up = None
+        if ctx.needs_input_grad[3]:
+            grad_up = (rows.t() @ hidden.reshape(-1, hidden.shape[-1])).mul_(ctx.scale).to(up.dtype)
+        if mask is not None:
+            grad_hidden = grad_hidden * mask
+        grad_down = grad_x = None
+        if ctx.needs_input_grad[2]:
+            flat = grad_hidden.reshape(-1, grad_hidden.shape[-1])
+            grad_down = (flat.t() @ x.reshape(-1, x.shape[-1])).to(down.dtype)
+        if ctx.needs_input_grad[1]:
+            grad_x = grad_hidden @ down.to(grad.dtype)
+        return grad if ctx.needs_input_grad[0] else None, grad_x, grad_down, grad_up, None, None
+
+
+class _Matrix(nn.Module):
+    """One float32 matrix under the name `weight`, so that state dicts read `lora_down.weight`."""
+
+    def __init__(self, rows: int, columns: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(rows, columns))
+
+
+class LoRAAdapter(nn.Module):
+    """The trainable half of a LoRALinear; its state dict is the kohya form (lora_down, lora_up, alpha).
+
+    Args:
+        rank: r, at least 1.
+        alpha: None or 0 means r, so that the scale alpha/r is 1.
+        dropout: share of the elements of down(x) set to zero while training.
+        rank_dropout: share of the ranks switched off per sample while training.
+        module_dropout: probability that the whole adapter adds nothing in a forward pass while training.
+
+    The masks come from torch's default generator of x's device; recomputation sees the same ones when it restores
+    the generator (torch's checkpointing does unless told otherwise).
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        alpha: float | None = None,
+        *,
+        dropout: float = 0.0,
+        rank_dropout: float = 0.0,
+        module_dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if rank < 1:
+            raise ValueError(f"rank {rank} is below 1")
+        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.lora_down = _Matrix(rank, in_features)
+        self.lora_up = _Matrix(out_features, rank)
+        self.alpha_value = float(alpha or rank)
+        self.register_buffer("alpha", torch.tensor(self.alpha_value))
+        self.dropout, self.rank_dropout, self.module_dropout = dropout, rank_dropout, module_dropout
+        self.multiplier = 1.0
+        self.enabled = True
+        self.compute_dtype: torch.dtype | None = None
+
+    @property
+    def scale(self) -> float:
+        """alpha / r."""
+        return self.alpha_value / self.rank
+
+    def initialise(self, generator: torch.Generator) -> None:
+        """down uniform in ±1/√in (Kaiming with a = √5), up zeros: the adapter starts as nothing."""
+        bound = 1.0 / math.sqrt(self.in_features)
+        values = torch.empty(self.rank, self.in_features).uniform_(-bound, bound, generator=generator)
+        with torch.no_grad():
+            self.lora_down.weight.copy_(values)
+            self.lora_up.weight.zero_()
+
+    @torch.no_grad()
+    def assign(self, down: Tensor, up: Tensor, alpha: float) -> None:
+        """Take trained matrices; a differing alpha is folded into `up`, so that the strength stays what it was."""
+        self.lora_down.weight.copy_(down)
+        factor = alpha / self.alpha_value
+        self.lora_up.weight.copy_(up if factor == 1.0 else up.float() * factor)
+
+    @torch.no_grad()
+    def delta(self) -> Tensor:
+        """(alpha / r) · up · down in float32, (out, in)."""
+        return self.scale * (self.lora_up.weight.float() @ self.lora_down.weight.float())
+
+    def forward(self, x: Tensor, base_out: Tensor) -> Tensor:
+        """Add the adapter of x (..., in) to `base_out` (..., out), which may be overwritten."""
+        scale = self.multiplier * self.scale
+        if not self.enabled or scale == 0.0:
+            return base_out
+        down, up = self.lora_down.weight, self.lora_up.weight
+        dtype = self._dtype(x)
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.to(dtype)
+            mask = self._mask(x)
+            fast = base_out.dtype == dtype and base_out.is_contiguous() and not torch.compiler.is_compiling()
+            if fast and torch.is_grad_enabled():
+                return _AddLowRank.apply(base_out, x, down, up, scale, mask)
+            hidden = F.linear(x, down.to(dtype))
+            if mask is not None:
+                hidden = hidden * mask
+            return (base_out + F.linear(hidden * scale, up.to(dtype))).to(base_out.dtype)
+
+    def _dtype(self, x: Tensor) -> torch.dtype:
+        if self.compute_dtype is not None:
+            return self.compute_dtype
+        if torch.is_autocast_enabled(x.device.type):
+            return torch.get_autocast_dtype(x.device.type)
+        return self.lora_down.weight.dtype
+
+    def _mask(self, x: Tensor) -> Tensor | None:
+        """The product of the three dropouts' masks, broadcastable to down(x), or None when none is drawn."""
+        if not self.training:
+            return None
+        mask = None
+        shape = (*x.shape[:-1], self.rank)
+        per_sample = (shape[0], *(1 for _ in shape[1:-1]), self.rank) if len(shape) > 1 else shape
+        for probability, size in ((self.dropout, shape), (self.rank_dropout, per_sample), (self.module_dropout, ())):
+            if probability:
+                kept = (torch.rand(size, device=x.device) >= probability).to(x.dtype)
+                if size != ():  # a dropped module is not made up for by the others (06 section 6.3)
+                    kept = kept / (1.0 - probability)
+                mask = kept if mask is None else mask * kept
+        return mask
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer with an adapter beside it; stands where the linear stood in its parent."""
+
+    def __init__(self, base: nn.Module, adapter: LoRAAdapter) -> None:
+        super().__init__()
+        self.base = base
+        self.adapter = adapter
+        self.in_features, self.out_features = base.in_features, base.out_features
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen weight of the innermost base."""
+        return self.base.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        return self.adapter(x, self.base(x))
