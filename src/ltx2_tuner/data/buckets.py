@@ -59,12 +59,6 @@ def select_bucket(
     return min(bucket_list(resolution, step), key=lambda size: abs(size[0] / size[1] - ratio))
 
 
-def cropped_share(source: Size, bucket: Size) -> float:
-    """Share of the source's area (0..1) that the centre crop into `bucket` throws away."""
-    scale = max(bucket[0] / source[0], bucket[1] / source[1])
-    return max(0.0, 1.0 - (bucket[0] * bucket[1]) / (source[0] * source[1] * scale * scale))
-
-
 def reference_size(bucket: Size, downscale: int) -> Size:
     """Pixel size of the reference of an item of size `bucket`."""
     if downscale <= 1:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -291,7 +292,8 @@ def find_input(name: str, *folders: Path) -> Path:
     """An existing path below the working directory or one of `folders`, in that order; else the first candidate."""
     wanted = Path(name).expanduser()
     candidates = [wanted, *(folder / wanted for folder in folders)]
-    return next((candidate for candidate in candidates if candidate.exists()), wanted)
+    # os.path.exists, because Path.exists raises on names that are too long.
+    return next((candidate for candidate in candidates if os.path.exists(candidate)), wanted)  # noqa: PTH110
 
 
 def _for_mode(datasets: tuple[Dataset, ...], mode: str) -> tuple[Dataset, ...]:
