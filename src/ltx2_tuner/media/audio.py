@@ -1,6 +1,6 @@
 """Reading sound from any container, and the operations the caches need on it.
 
-Samples are float32 (C, S): channels, samples.
+Samples are float32 (C, S): channels, samples. torch is imported only where it is needed, to keep decode workers small.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import math
 import os
 
 import numpy as np
-import torch
 
 from ltx2_tuner.compat import prepare_torchaudio
 from ltx2_tuner.media.errors import MediaError, reading
@@ -152,6 +151,7 @@ def resample(samples: np.ndarray, rate: int, new_rate: int) -> np.ndarray:
     if rate == new_rate:
         return samples
     prepare_torchaudio()
+    import torch
     import torchaudio.functional
 
     return torchaudio.functional.resample(torch.from_numpy(samples), rate, new_rate).numpy()
@@ -177,6 +177,7 @@ def time_stretch(samples: np.ndarray, rate: int, length: int) -> np.ndarray:
     if length == 0:
         return samples[:, :0]
     prepare_torchaudio()
+    import torch
     import torchaudio.functional
 
     size, hop = stretch_windows(rate)

@@ -17,6 +17,9 @@ TIMED_FRAMES = 64
 MAX_TIME_SPREAD = 0.20
 MAX_RATE_DIFFERENCE = 0.05
 
+# Several clips are decoded at a time, and each thread holds a frame of its own.
+DECODER_THREADS = 4
+
 Resize = Callable[[np.ndarray], np.ndarray]
 
 
@@ -69,40 +72,52 @@ def iter_frames(path: str | os.PathLike) -> Iterator[np.ndarray]:
         yield _upright(frame.to_ndarray(format="rgb24"), frame.rotation)
 
 
-def read_frames(
-    path: str | os.PathLike, indices: Iterable[int] | None = None, *, resize: Resize | None = None
-) -> np.ndarray:
-    """Read chosen frames of a clip, decoding no further than the last of them.
+def select_frames(
+    path: str | os.PathLike, indices: Iterable[int], *, resize: Resize | None = None
+) -> Iterator[np.ndarray]:
+    """Chosen frames of a clip one by one, decoding no further than the last of them.
 
     Args:
-        indices: source frame numbers in presentation order, never decreasing (an index may repeat, which repeats the
-            frame); None reads every frame.
-        resize: applied to each chosen frame at once, so that memory holds only resized frames.
+        indices: source frame numbers in presentation order, never decreasing; an index may repeat, which repeats the
+            frame.
+        resize: applied to each chosen frame once.
 
-    Returns:
-        uint8 (N, H, W, 3), upright. Shorter than `indices` when the clip ends before them.
+    Yields:
+        uint8 (H, W, 3), upright, one for each index; fewer when the clip ends before them.
 
     Raises:
-        MediaError: missing, damaged, or ended before the first wanted frame.
+        MediaError: missing, damaged or cut off.
     """
-    wanted = itertools.count() if indices is None else iter(indices)
+    wanted = iter(indices)
     index = next(wanted, None)
     if index is None:
-        raise ValueError("no frame was asked for")
-    first = index
-    chosen: list[np.ndarray] = []
+        return
     for number, frame in enumerate(_decoded(path)):
         if number < index:
             continue
         pixels = _upright(frame.to_ndarray(format="rgb24"), frame.rotation)
         pixels = resize(pixels) if resize else pixels
         while index == number:
-            chosen.append(pixels)
+            yield pixels
             index = next(wanted, None)
         if index is None:
-            break
+            return
+
+
+def read_frames(
+    path: str | os.PathLike, indices: Iterable[int] | None = None, *, resize: Resize | None = None
+) -> np.ndarray:
+    """The frames of `select_frames` together, every frame of the clip when `indices` is None.
+
+    Returns:
+        uint8 (N, H, W, 3). Shorter than `indices` when the clip ends before them.
+
+    Raises:
+        MediaError: missing, damaged, or ended before the first wanted frame.
+    """
+    chosen = list(select_frames(path, itertools.count() if indices is None else indices, resize=resize))
     if not chosen:
-        raise MediaError(f"{path}: the clip ends before frame {first}")
+        raise MediaError(f"{path}: the clip ends before the first wanted frame")
     return np.stack(chosen)
 
 
@@ -160,6 +175,7 @@ def _decoded(path: str | os.PathLike) -> Iterator:
     with reading(path), av.open(os.fspath(path)) as container:
         stream = _picture_stream(container, path)
         stream.thread_type = "AUTO"
+        stream.codec_context.thread_count = DECODER_THREADS
         expected = _indexed_packets(container, stream)
         packets = frames = 0
         end = 0.0

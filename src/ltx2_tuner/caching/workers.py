@@ -1,0 +1,162 @@
+"""Processes that decode media while the main process encodes.
+
+Each worker has one pipe of its own and takes one job at a time, so at most as many clips are in flight as there are
+workers, results come back in order, and a full pipe holds a worker back. The far end of a pipe closes with the process
+that holds it: when the main process is killed its workers end, when a decoder crashes its worker is replaced and only
+that job fails.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+Job = TypeVar("Job")
+Piece = TypeVar("Piece")
+
+_PIECE, _END, _ERROR = range(3)
+
+
+class Workers:
+    """`count` processes, started by spawn when they are first needed; 0 does the work in this process.
+
+    A context manager: leaving it ends the processes.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._running: list[_Worker] = []
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the processes."""
+        for worker in self._running:
+            worker.stop()
+        self._running.clear()
+
+    def stream(
+        self, function: Callable[[Job], Iterable[Piece]], jobs: Iterable[Job], crashed: Callable[[Job], Piece]
+    ) -> Iterator[tuple[Job, Piece]]:
+        """Run a generator function over jobs; yields every piece with its job, in the order of the jobs.
+
+        Args:
+            function: importable by name; its pieces must pickle.
+            crashed: the piece that stands in for the rest of a job whose process died.
+        """
+        if self.count == 0:
+            for job in jobs:
+                for piece in function(job):
+                    yield job, piece
+            return
+        waiting = iter(jobs)
+        queue: list[tuple[_Worker, Job]] = []
+        finished = False
+        try:
+            for job in waiting:
+                worker = self._worker(len(queue))
+                worker.send(function, job)
+                queue.append((worker, job))
+                if len(queue) == self.count:
+                    break
+            while queue:
+                worker, job = queue.pop(0)
+                for piece in worker.pieces(crashed, job):
+                    yield job, piece
+                following = next(waiting, None)
+                if following is not None:
+                    worker.send(function, following)
+                    queue.append((worker, following))
+            finished = True
+        finally:
+            if not finished:
+                self.close()  # pieces nobody asked for are still in the pipes
+
+    def imap(
+        self, function: Callable[[Job], Piece], jobs: Iterable[Job], crashed: Callable[[Job], Piece]
+    ) -> Iterator[Piece]:
+        """Like `map`, in the workers; `crashed` gives the result of a job whose process died."""
+        for _, piece in self.stream(_Single(function), jobs, crashed):
+            yield piece
+
+    def _worker(self, number: int) -> _Worker:
+        while len(self._running) <= number:
+            self._running.append(_Worker())
+        return self._running[number]
+
+
+class _Single:
+    """A function as a generator function of one piece."""
+
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        self.function = function
+
+    def __call__(self, job: Any) -> Iterator[Any]:
+        yield self.function(job)
+
+
+class _Worker:
+    """One process and our end of its pipe."""
+
+    def __init__(self) -> None:
+        self._start()
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        self.process.start()
+        theirs.close()  # so that the end of the process ends the pipe
+
+    def send(self, function: Callable, job: object) -> None:
+        try:
+            self.connection.send((function, job))
+        except OSError:  # it died while idle
+            self.stop()
+            self._start()
+            self.connection.send((function, job))
+
+    def pieces(self, crashed: Callable[[Job], Piece], job: Job) -> Iterator[Piece]:
+        while True:
+            try:
+                kind, piece = self.connection.recv()
+            except (EOFError, OSError):
+                self.stop()
+                self._start()
+                yield crashed(job)
+                return
+            if kind == _END:
+                return
+            if kind == _ERROR:
+                raise RuntimeError(f"a decode worker failed on {job}:\n{piece}")
+            yield piece
+
+    def stop(self) -> None:
+        self.connection.close()
+        self.process.terminate()
+        self.process.join()
+
+
+def _serve(connection) -> None:
+    """The main loop of a worker process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process decides what an interrupt means
+    while True:
+        try:
+            function, job = connection.recv()
+        except (EOFError, OSError):
+            return
+        try:
+            for piece in function(job):
+                connection.send((_PIECE, piece))
+            connection.send((_END, None))
+        except OSError:  # nobody listens any more
+            return
+        except Exception:
+            connection.send((_ERROR, traceback.format_exc()))
