@@ -49,13 +49,6 @@ def test_finished_journal_is_gone(tmp_path):
     assert not list((tmp_path / "new folder").iterdir())
 
 
-def test_missing_metadata_never_makes_a_file_stale():
-    expected = {"ltx_mode": "av", "gemma_id": "1"}
-    assert run.stale_reason({}, expected) is None
-    assert run.stale_reason({"ltx_mode": "av", "other": "x"}, expected) is None
-    assert run.stale_reason({"gemma_id": "2"}, expected) == "gemma_id is '2', would be '1'"
-
-
 def test_disk_check_counts_what_is_added(tmp_path, monkeypatch):
     Usage = namedtuple("Usage", "total used free")
     monkeypatch.setattr(run.shutil, "disk_usage", lambda path: Usage(2000, 1000, 1000))

@@ -1,7 +1,7 @@
 """What both caching scripts do around encoding: journal, staleness, disk estimate, orphans, counts and the report.
 
 A script lays its items out in batches over the whole member list, decides which files can stay (`Journal.done`,
-`stale_reason`), encodes every batch that misses a file, tells the journal and a `Tally` per dataset, removes orphans,
+`data.metadata.stale_reason`), encodes every batch that misses a file, tells the journal and a `Tally` per dataset, removes orphans,
 prints `summary_lines`, writes the reports and returns `exit_status`.
 """
 
@@ -21,6 +21,7 @@ from typing import TypeVar
 import psutil
 
 from ltx2_tuner.checkpoint.safetensors_file import SafetensorsFile
+from ltx2_tuner.data.cache_files import ARCHITECTURE
 from ltx2_tuner.data.cache_names import REPORT_NAME
 from ltx2_tuner.errors import UserError
 from ltx2_tuner.files import write_json
@@ -29,7 +30,6 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-ARCHITECTURE = "ltx2_v1"
 _TEMPORARY = re.compile(r"\..+\.(\d+)\.tmp", re.DOTALL)
 _LISTED_FAILURES = 20
 _LISTED_NAMES = 10
@@ -98,24 +98,6 @@ def read_metadata(path: Path) -> dict[str, str] | None:
             return file.metadata
     except UserError:
         return None
-
-
-def stale_reason(metadata: Mapping[str, str], expected: Mapping[str, str]) -> str | None:
-    """Why a cache file no longer fits, or None.
-
-    Args:
-        metadata: what the file says.
-        expected: what would be written now, only the keys that decide. A key that the file lacks is unknown and never
-            makes it stale.
-    """
-    for key, value in expected.items():
-        if key in metadata and metadata[key] != str(value):
-            return f"{key} is {_short(metadata[key])!r}, would be {_short(str(value))!r}"
-    return None
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:

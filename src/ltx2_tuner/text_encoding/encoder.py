@@ -50,17 +50,19 @@ class TextEncoder:
         self.gemma_id = gemma_id
         self.length = length
 
-    @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> list[PromptEmbedding]:
-        """Encode prompts in one pass; each result depends on its own prompt only.
+    def encode(self, prompts: Sequence[str], batch_size: int = 1) -> list[PromptEmbedding]:
+        """Encode prompts, `batch_size` in one pass; each result depends on its own prompt only.
 
-        Padding that all prompts share is not computed: it takes part in nothing, and the connectors fill the context
-        up to `length`. Positions stay those of the padded prompt.
+        Padding that all prompts of a pass share is not computed: it takes part in nothing, and the connectors fill
+        the context up to `length`. Positions stay those of the padded prompt.
         """
         if self.gemma is None:
             raise RuntimeError("this encoder was closed")
-        if not prompts:
-            return []
+        starts = range(0, len(prompts), batch_size)
+        return [result for start in starts for result in self._encode_batch(prompts[start : start + batch_size])]
+
+    @torch.no_grad()
+    def _encode_batch(self, prompts: Sequence[str]) -> list[PromptEmbedding]:
         ids, mask = self.tokenizer.encode_batch(prompts, self.length)
         positions = torch.arange(self.length - ids.shape[1], self.length, device=self.device)[None]
         mask = mask.to(self.device)
