@@ -69,11 +69,11 @@ def _predict(
     passes: dict[str, dict[str, torch.Tensor]] = {}
     if any(scale.cfg != 1 for scale in scales.values()):
         passes["uncond"] = run(negative=True)
-    bypassed = {name: scale.stg_blocks for name, scale in scales.items() if scale.stg}
+    bypassed = {f"skip_{name}_self": scale.stg_blocks for name, scale in scales.items() if scale.stg}
     if bypassed:
-        passes["perturbed"] = run(perturbations=Perturbations.skip_self_attention(**bypassed))
+        passes["perturbed"] = run(perturbations=Perturbations.uniform(1, **bypassed))
     if len(streams) == 2 and any(scale.modality != 1 for scale in scales.values()):
-        passes["isolated"] = run(perturbations=Perturbations.isolate_modalities())
+        passes["isolated"] = run(perturbations=Perturbations.uniform(1, skip_a2v="all", skip_v2a="all"))
     guided = {}
     for name, x0 in cond.items():
         target = streams[name].stream.target

@@ -39,7 +39,7 @@ def ltx2_sigmas(
     if steps == 1:
         return torch.tensor([1.0, 0.0])
     line = torch.linspace(1.0, 0.0, steps + 1)
-    factor = math.exp(token_shift(tokens, base_shift, max_shift))
+    factor = torch.tensor(math.exp(token_shift(tokens, base_shift, max_shift)))
     sigmas = torch.where(line > 0, factor / (factor + (1 / line.clamp(min=1e-12) - 1)), 0.0)
     if terminal is not None:
         scale = (1 - terminal) / (1 - sigmas[-2])
