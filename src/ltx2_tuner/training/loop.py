@@ -1,0 +1,284 @@
+"""The training loop: draw, forward, backward, step; and on a schedule save, validate, sample.
+
+It knows no mode, no regularizer and no file format; those are the objects it is given.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from ltx2_tuner.training.balance import AudioBalancer
+from ltx2_tuner.training.draws import TrainingDraws
+from ltx2_tuner.training.guard import NonFiniteGuard
+from ltx2_tuner.training.modes import Mode
+from ltx2_tuner.training.objective import task_loss
+from ltx2_tuner.training.options import DrawOptions, LoopOptions, LossOptions, SampleOptions, ValidationOptions
+from ltx2_tuner.training.progress import LossAverage, Progress, StepLine, StopFlag, stop_requests
+from ltx2_tuner.training.random import DrawKey, default_generator_states, restore_default_generators
+from ltx2_tuner.training.saver import RunSaver
+from ltx2_tuner.training.saving import Moment
+from ltx2_tuner.training.supervision import AudioMonitor
+from ltx2_tuner.training.validation import Validator
+from ltx2_tuner.training.window import Gradients, MicroBatch, WindowValues, fetch
+
+logger = logging.getLogger(__name__)
+
+
+class BatchSource(Protocol):
+    """Epochs of batches, the same for the same seed (of one process when there are several)."""
+
+    def epoch(self, number: int, skip: int = 0) -> Iterator[dict]:
+        """Batches of an epoch counted from 1, without the first `skip`, which are not loaded."""
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+
+
+class Sampler(Protocol):
+    """Makes previews (sampling.preview.Previewer)."""
+
+    def sample(self, transformer: nn.Module, *, step: int, epoch: int | None) -> object: ...
+
+
+@dataclass
+class Run:
+    """Everything a training run is made of. Regularizers and previews plug in here."""
+
+    device: torch.device
+    rank: int
+    autocast: Callable[[], contextlib.AbstractContextManager]
+    model: nn.Module
+    network: nn.Module
+    mode: Mode
+    data: BatchSource
+    optimizer: torch.optim.Optimizer
+    scheduler: object
+    gradients: Gradients
+    group_names: Sequence[str]
+    loop: LoopOptions
+    draws: DrawOptions
+    loss: LossOptions
+    balancer: AudioBalancer
+    monitor: AudioMonitor | None
+    guard: NonFiniteGuard
+    saver: RunSaver
+    log: Callable[[dict[str, float], int], None]
+    validation: ValidationOptions
+    validator: Validator | None
+    samples: SampleOptions
+    sampler: Sampler | None
+    scaler: torch.amp.GradScaler | None = None
+
+
+class Trainer:
+    """Runs a `Run` from where its progress stands to the last step."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.progress = Progress()
+        self.average = LossAverage()
+        self.metrics: dict[str, float] = {}
+        self.steps_per_epoch = math.ceil(len(run.data) / run.loop.accumulation)
+        self.max_steps = run.loop.max_steps
+        self.epochs = math.ceil(self.max_steps / self.steps_per_epoch)
+
+    def train(self) -> None:
+        """Train to the last step and save.
+
+        Raises:
+            KeyboardInterrupt: the user asked to stop; what was trained is saved.
+            UserError: non-finite values in too many steps, missing caches, a full disk.
+        """
+        run = self.run
+        self._set_training(True)
+        line = StepLine(self.max_steps, self.progress.step, run.device, shown=run.rank == 0)
+        with contextlib.closing(line), stop_requests() as stop:
+            if self.progress.step == 0 and run.samples.at_first:
+                self._sample(None)
+            first = self.progress.epoch
+            if self.progress.step_in_epoch == 0 and self.progress.micro_batches:
+                first += 1
+            for epoch in range(first, self.epochs + 1):
+                self._run_epoch(epoch, line, stop)
+                if self.progress.step >= self.max_steps:
+                    break
+        self._save(Moment("final", self.progress.step, self.progress.epoch))
+
+    def _run_epoch(self, epoch: int, line: StepLine, stop: StopFlag) -> None:
+        progress = self.progress
+        if epoch != progress.epoch:
+            progress.epoch, progress.step_in_epoch = epoch, 0
+        skip = progress.step_in_epoch
+        window: list[MicroBatch] = []
+        waiting = 0.0
+        batches = self.run.data.epoch(epoch, skip)
+        last_slot = len(self.run.data) - 1
+        for slot in range(skip, len(self.run.data)):
+            before = time.perf_counter()
+            batch = next(batches)
+            waiting += time.perf_counter() - before
+            window.append(self._micro_batch(batch, slot))
+            progress.step_in_epoch = slot + 1
+            if len(window) < self.run.loop.accumulation and slot != last_slot:
+                continue
+            self._finish_window(window, line, stop, waiting)
+            window, waiting = [], 0.0
+            if progress.step >= self.max_steps:
+                return
+        progress.step_in_epoch = 0
+        self._end_epoch(epoch, line)
+
+    def _micro_batch(self, batch: dict, slot: int) -> MicroBatch:
+        """Forward and backward of one batch; nothing here waits for the device."""
+        run, progress = self.run, self.progress
+        key = DrawKey(run.loop.seed, run.rank, progress.micro_batches)
+        progress.micro_batches += 1
+        key.seed_default_generators()
+        draws = TrainingDraws(
+            key,
+            run.draws.sampler,
+            run.device,
+            first_frame_p=run.draws.first_frame_p,
+            caption_dropout_rate=run.draws.caption_dropout_rate,
+        )
+        prepared = run.mode.prepare(batch, draws)
+        if run.monitor is not None:
+            run.monitor.observe(prepared.has_audio)
+        with run.autocast():
+            video, audio = prepared.run(run.model)
+        terms = task_loss(prepared, video, audio, run.loss, run.balancer)
+        total = terms.total / run.loop.accumulation
+        (total if run.scaler is None else run.scaler.scale(total)).backward()
+        return MicroBatch(
+            items=list(batch["item_keys"]),
+            slot=slot,
+            total=terms.total.detach(),
+            terms=terms.detached(),
+            video_sigma=[] if prepared.video_task is None else prepared.video_task.sigma.tolist(),
+            audio_sigma=[] if prepared.audio_task is None else prepared.audio_task.sigma.tolist(),
+        )
+
+    def _finish_window(self, window: list[MicroBatch], line: StepLine, stop: StopFlag, waiting: float) -> None:
+        values = self._close_window(window, stop)
+        items = [item for batch in window for item in batch.items]
+        if self.run.guard.accept(values.finite, items):
+            self._step(values, waiting, line)
+        self._zero_gradients()
+        if values.stop:
+            moment = Moment("interrupt", self.progress.step, self.progress.epoch)
+            self._save(moment)
+            raise KeyboardInterrupt
+
+    def _close_window(self, window: list[MicroBatch], stop: StopFlag) -> WindowValues:
+        """Gather, unscale and measure the gradients; the one place a step waits for the device."""
+        run = self.run
+        if run.scaler is not None:
+            run.scaler.unscale_(run.optimizer)
+        bad = sum((~torch.isfinite(batch.total)).float() for batch in window).reshape(1).to(run.device)
+        stopped = torch.tensor([float(stop.raised)], device=run.device)
+        run.gradients.gather(bad, stopped)
+        norms = run.gradients.norms().to(run.device)
+        run.gradients.clip(norms[0])
+        return fetch(window, norms, bad, stopped, run.balancer.metrics())
+
+    def _step(self, values: WindowValues, waiting: float, line: StepLine) -> None:
+        run, progress = self.run, self.progress
+        if run.scaler is None:
+            run.optimizer.step()
+        else:
+            run.scaler.step(run.optimizer)
+            run.scaler.update()
+        if run.scheduler is not None:
+            run.scheduler.step()
+        progress.step += 1
+        for slot, loss in values.losses:
+            self.average.add(slot, loss)
+        self.metrics = {**values.metrics, "loss/average": self.average.value, **self._norm_limit()}
+        perf = line.advance(self.metrics, balanced=run.loss.balance.mode != "none")
+        perf["perf/data_wait_seconds"] = waiting
+        run.log({**self.metrics, **perf, **self._learning_rates()}, progress.step)
+        self._after_step(line)
+
+    def _norm_limit(self) -> dict[str, float]:
+        limit = self.run.loop.scale_weight_norms
+        if not limit:
+            return {}
+        scaled, average, largest = self.run.network.apply_max_norm_regularization(limit, self.run.device)
+        names = ("max_norm/keys_scaled", "max_norm/average_key_norm", "max_norm/max_key_norm")
+        return {name: float(value) for name, value in zip(names, (scaled, average, largest))}
+
+    def _learning_rates(self) -> dict[str, float]:
+        rates = {}
+        for name, group in zip(self.run.group_names, self.run.optimizer.param_groups):
+            rates[f"lr/{name}"] = float(group["lr"] or 0.0)
+            if "d" in group:
+                rates[f"lr/d*lr/{name}"] = float(group["d"]) * float(group["lr"])
+        return rates
+
+    def _after_step(self, line: StepLine) -> None:
+        run, step = self.run, self.progress.step
+        if run.saver.options.every_steps and step % run.saver.options.every_steps == 0:
+            self._save(Moment("step", step, self.progress.epoch))
+        if run.validation.every_steps and step % run.validation.every_steps == 0:
+            self._validate()
+        if run.samples.every_steps and step % run.samples.every_steps == 0:
+            self._sample(None)
+        line.pause()
+
+    def _end_epoch(self, epoch: int, line: StepLine) -> None:
+        run = self.run
+        run.log({"loss/epoch": self.average.value}, self.progress.step)
+        options = run.saver.options
+        if options.every_epochs and epoch % options.every_epochs == 0 and epoch < self.epochs:
+            self._save(Moment("epoch", self.progress.step, epoch))
+        if run.validation.every_epochs and epoch % run.validation.every_epochs == 0:
+            self._validate()
+        if run.samples.every_epochs and epoch % run.samples.every_epochs == 0:
+            self._sample(epoch)
+        line.pause()
+
+    def _save(self, moment: Moment) -> None:
+        with self._evaluation():
+            self.run.saver.save(moment, self)
+
+    def _validate(self) -> None:
+        if self.run.validator is None:
+            return
+        with self._evaluation(), torch.no_grad(), self.run.autocast():
+            self.run.log(self.run.validator.measure(), self.progress.step)
+
+    def _sample(self, epoch: int | None) -> None:
+        if self.run.sampler is None:
+            return
+        with self._evaluation(), torch.no_grad():
+            self.run.sampler.sample(self.run.model, step=self.progress.step, epoch=epoch)
+
+    @contextlib.contextmanager
+    def _evaluation(self) -> Iterator[None]:
+        """Nothing within the block may change what is trained afterwards: modes and generators come back."""
+        states = default_generator_states()
+        self._set_training(False)
+        try:
+            yield
+        finally:
+            self._set_training(True)
+            restore_default_generators(states)
+
+    def _set_training(self, training: bool) -> None:
+        self.run.model.train(training)
+        self.run.network.train(training)
+        switch = getattr(self.run.optimizer, "train" if training else "eval", None)
+        if callable(switch):
+            switch()
+
+    def _zero_gradients(self) -> None:
+        self.run.optimizer.zero_grad(set_to_none=True)

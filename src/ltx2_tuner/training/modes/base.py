@@ -1,0 +1,111 @@
+"""What a training mode is: it turns a batch and its draws into model inputs and targets.
+
+The loop never asks which mode it runs. Legend: B batch, T tokens, C channels, S text tokens, D text width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from ltx2_tuner.models.transformer import LTXTransformer, Modality
+from ltx2_tuner.training.draws import Draws
+from ltx2_tuner.training.modes.streams import StreamTask, Text
+
+
+@dataclass(frozen=True)
+class ModeOptions:
+    """What the modes can be told.
+
+    sequence_resolution: pixels of the virtual picture that audio-only training takes its shift from, 0 = the cached
+    size. silence_*: train items without sound on silence. audio_step_seconds: seconds of one audio latent step.
+    audio_width: channels of an audio token. reference_downscale: reference videos are this many times smaller.
+    """
+
+    video_weight: float = 1.0
+    audio_weight: float = 1.0
+    independent_audio: bool = False
+    sequence_resolution: int = 64
+    silence_regularizer: bool = False
+    silence_weight: float = 1.0
+    audio_step_seconds: float = 0.04
+    audio_width: int = 128
+    reference: bool = False
+    reference_downscale: int = 1
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Inputs of one forward, and what its outputs are compared with. Streams that are not trained are None."""
+
+    video: Modality | None
+    audio: Modality | None
+    video_task: StreamTask | None
+    audio_task: StreamTask | None
+    video_weight: float
+    audio_weight: float
+    has_audio: bool
+
+    def run(self, model: LTXTransformer) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Predicted velocities of the target tokens, (B, N, C) each."""
+        video, audio = model(self.video, self.audio)
+        if video is not None and self.video_task is not None:
+            video = video[:, self.video_task.first_output :]
+        return video, audio
+
+
+class Mode(Protocol):
+    """One way of training: video, av or audio."""
+
+    name: str
+    lora_preset: str
+    options: ModeOptions
+
+    def prepare(self, batch: dict, draws: Draws) -> Prepared:
+        """Inputs and targets of a batch (document: the batch dictionary of `data.batches`).
+
+        Raises:
+            UserError: the caches lack what the mode needs.
+        """
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Where and in which dtype the model runs, and the blank prompt for dropped captions (None: zeros)."""
+
+    device: torch.device
+    dtype: torch.dtype
+    blank: Text | None = None
+
+    def modality(
+        self, task: StreamTask, context: torch.Tensor, context_mask: torch.Tensor | None, padded: bool = False
+    ) -> Modality:
+        """The model's record of one stream. Noise levels and positions stay float32 whatever the dtype.
+
+        padded: tokens outside the task's mask are padding, which nothing may attend to.
+        """
+        sigma = task.sigma.to(self.device)
+        levels, index = sigma[:, None], None
+        if task.clean is not None:
+            # Two distinct levels per sample are embedded once each, whatever the number of tokens.
+            levels = torch.stack([sigma, torch.zeros_like(sigma)], dim=1)  # (B, 2)
+            index = task.clean.long()
+        return Modality(
+            latent=task.latent.to(self.dtype),
+            sigma=sigma,
+            timesteps=levels,
+            positions=task.positions,
+            context=context.to(self.device, self.dtype),
+            context_mask=None if context_mask is None else context_mask.to(self.device),
+            attention_mask=task.mask[:, None].float() if padded else None,
+            timestep_index=index,
+            cross_mask=task.mask if padded else None,
+        )
+
+
+def loss_weight(batch: dict, stream: str, default: float) -> float:
+    """The dataset's weight for a stream if it sets one, else the default."""
+    weight = batch.get(f"{stream}_loss_weight")
+    return default if weight is None else float(weight)

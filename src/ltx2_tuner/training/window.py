@@ -1,0 +1,147 @@
+"""One accumulation window: gradients of all processes, their norms, and one fetch of everything that is logged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import distributed, nn
+
+from ltx2_tuner.training.objective import LossTerms, band_losses
+
+
+@dataclass
+class MicroBatch:
+    """What stays of a micro-batch until its window ends. The loss tensors are detached device scalars."""
+
+    items: list[str]
+    slot: int  # place in the epoch
+    total: torch.Tensor
+    terms: LossTerms
+    video_sigma: list[float]
+    audio_sigma: list[float]
+
+
+@dataclass(frozen=True)
+class WindowValues:
+    """Host numbers of a finished window."""
+
+    finite: bool
+    losses: list[tuple[int, float]]  # (slot, total loss) of each micro-batch
+    metrics: dict[str, float]
+    stop: bool
+
+
+@dataclass
+class Gradients:
+    """The trainable parameters, as the window's end needs them. `names` decide which norm counts as audio."""
+
+    parameters: list[nn.Parameter]
+    names: list[str]
+    max_norm: float
+    audio_indices: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.audio_indices = [index for index, name in enumerate(self.names) if "audio_" in name]
+
+    def gather(self, bad: torch.Tensor, stop: torch.Tensor) -> None:
+        """Average the gradients over all processes in one reduction; sum the two flags (1-element) with them.
+
+        Parameters without a gradient here count as zero: another rank's batch may have reached them.
+        """
+        if not _distributed():
+            return
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        grads = [parameter.grad for parameter in self.parameters]
+        flat = torch.cat([grad.float().flatten() for grad in grads] + [bad.float(), stop.float()])
+        distributed.all_reduce(flat)
+        bad.copy_(flat[-2:-1] > 0)
+        stop.copy_(flat[-1:] > 0)
+        flat /= distributed.get_world_size()
+        offset = 0
+        for grad in grads:
+            grad.copy_(flat[offset : offset + grad.numel()].view_as(grad))
+            offset += grad.numel()
+
+    def norms(self) -> torch.Tensor:
+        """(3,) float32 norms before clipping: all, audio, video."""
+        grads = [parameter.grad for parameter in self.parameters]
+        present = [index for index, grad in enumerate(grads) if grad is not None]
+        if not present:
+            return torch.zeros(3)
+        squares = torch.stack(torch._foreach_norm([grads[index] for index in present])).float().square()
+        audio = set(self.audio_indices)
+        is_audio = torch.tensor([index in audio for index in present], device=squares.device)
+        audio_square = squares[is_audio].sum() if audio else squares.new_zeros(())
+        total = squares.sum()
+        return torch.stack([total, audio_square, (total - audio_square).clamp(min=0)]).sqrt()
+
+    def clip(self, norm: torch.Tensor) -> None:
+        """Scale all gradients down so that their joint norm is at most `max_norm` (0 is off)."""
+        if self.max_norm <= 0:
+            return
+        factor = (self.max_norm / (norm + 1e-6)).clamp(max=1.0)
+        grads = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        torch._foreach_mul_(grads, factor)
+
+
+def fetch(
+    batches: Sequence[MicroBatch], norms: torch.Tensor, bad: torch.Tensor, stop: torch.Tensor, extra: dict
+) -> WindowValues:
+    """Bring every number of the window to the host in one copy.
+
+    Args:
+        extra: more device scalars to log, by name.
+    """
+    last = batches[-1].terms
+    scalars = [batch.total for batch in batches]
+    video = [] if last.video is None else [last.video.mean, *last.video.per_sample, *last.video.active]
+    audio = [] if last.audio is None else [last.audio.mean, *last.audio.per_sample, *last.audio.active]
+    weight = last.audio_weight if isinstance(last.audio_weight, torch.Tensor) else torch.tensor(last.audio_weight)
+    flat = [*scalars, *norms, bad[0], stop[0], weight, *video, *audio, *extra.values()]
+    values = torch.stack([value.detach().float().to(bad.device).reshape(()) for value in flat]).tolist()
+    numbers = iter(values)
+    totals = [next(numbers) for _ in batches]
+    total_norm, audio_norm, video_norm = next(numbers), next(numbers), next(numbers)
+    is_bad, stopped, audio_weight = next(numbers) > 0, next(numbers) > 0, next(numbers)
+    metrics = {"loss/current": totals[-1], "grad_norm/total": total_norm}
+    if audio_norm:
+        metrics |= {"grad_norm/audio": audio_norm, "grad_norm/video": video_norm}
+        if video_norm:
+            metrics["grad_norm/audio_video_ratio"] = audio_norm / video_norm
+    metrics |= _stream_metrics("video", "loss_v", last.video, batches[-1].video_sigma, numbers)
+    metrics |= _stream_metrics("audio", "loss_a", last.audio, batches[-1].audio_sigma, numbers)
+    if metrics.get("loss/video") and "loss/audio" in metrics:
+        metrics["loss/audio_video_ratio"] = metrics["loss/audio"] / metrics["loss/video"]
+        metrics["loss/audio_weight_effective"] = audio_weight
+    metrics |= {name: next(numbers) for name in extra}
+    finite = not is_bad and total_norm - total_norm == 0
+    return WindowValues(finite, [(batch.slot, total) for batch, total in zip(batches, totals)], metrics, stopped)
+
+
+def _stream_metrics(stream: str, prefix: str, loss, sigmas: list[float], numbers) -> dict[str, float]:
+    if loss is None:
+        return {}
+    mean = next(numbers)
+    per_sample = [next(numbers) for _ in loss.per_sample]
+    active = [next(numbers) > 0 for _ in loss.active]
+    if not any(active):
+        return {}
+    kept = [(sigma, value) for sigma, value, counts in zip(sigmas, per_sample, active) if counts]
+    return {f"loss/{stream}": mean, **band_losses(prefix, [k[0] for k in kept], [k[1] for k in kept])}
+
+
+def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
+    """Average of a scalar over the processes; the value itself with one."""
+    if not _distributed():
+        return value
+    value = value.detach().clone()
+    distributed.all_reduce(value)
+    return value / distributed.get_world_size()
+
+
+def _distributed() -> bool:
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
