@@ -38,12 +38,13 @@ def ltx2_sigmas(
         raise ValueError(f"a schedule needs at least 1 step, got {steps}")
     if steps == 1:
         return torch.tensor([1.0, 0.0])
+    # The order of these operations decides the last bit, and guidance amplifies it over the steps.
     line = torch.linspace(1.0, 0.0, steps + 1)
-    factor = torch.tensor(math.exp(token_shift(tokens, base_shift, max_shift)))
-    sigmas = torch.where(line > 0, factor / (factor + (1 / line.clamp(min=1e-12) - 1)), 0.0)
+    factor = math.exp(token_shift(tokens, base_shift, max_shift))
+    sigmas = torch.where(line > 0, factor / (factor + (1 / line - 1)), 0.0)
     if terminal is not None:
-        scale = (1 - terminal) / (1 - sigmas[-2])
-        sigmas = torch.where(line > 0, 1 - (1 - sigmas) * scale, 0.0)
+        distance = 1 - sigmas
+        sigmas = torch.where(line > 0, 1 - distance / (distance[-2] / (1 - terminal)), 0.0)
     return sigmas
 
 

@@ -38,7 +38,7 @@ class Stream:
     negative_context: torch.Tensor | None = None
     clean: torch.Tensor | None = None
     mask: torch.Tensor | None = None
-    target: slice = slice(None)
+    target: slice = dataclasses.field(default_factory=lambda: slice(None))
     clean_timesteps: bool = True
 
     def start(self) -> torch.Tensor:
