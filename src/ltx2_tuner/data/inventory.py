@@ -1,0 +1,302 @@
+"""What the cache directories hold: the list of trainable items, the counts, and messages about what is missing."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ltx2_tuner.data import cache_names
+from ltx2_tuner.data.buckets import STEP, Size
+from ltx2_tuner.data.cache_files import CacheHeader, read_header
+from ltx2_tuner.data.cache_names import AUDIO_SUFFIX, LATENT_SUFFIX, TEXT_SUFFIX, CacheName
+from ltx2_tuner.data.config import Dataset
+from ltx2_tuner.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+STEPS_PER_SECOND = 25  # sound latent steps a second
+_LATENTS_SCRIPT = "ltx2_cache_latents.py"
+_TEXT_SCRIPT = "ltx2_cache_text_encoder_outputs.py"
+_LISTED = 10
+
+
+@dataclass(frozen=True)
+class CachedItem:
+    """One trainable item. Paths of what it has not got are None.
+
+    frames: pixel frames. size: width and height in the file name. latent_shape: (C, F, H, W). audio_steps: T of the
+    sound latent, None without sound. bucket_key: items with equal keys may share a batch.
+    """
+
+    key: str
+    stem: str
+    latent_path: Path
+    text_path: Path
+    audio_path: Path | None
+    dino_path: Path | None
+    reference_path: Path | None
+    reference_audio_path: Path | None
+    frames: int
+    size: Size
+    latent_shape: tuple[int, ...]
+    audio_steps: int | None
+    bucket_key: tuple
+
+    @property
+    def has_audio(self) -> bool:
+        return self.audio_path is not None
+
+
+@dataclass
+class Inventory:
+    """The cache of one dataset: usable items sorted by file name, counts by kind of file, and the headers read.
+
+    without_sound: keys of video items that have no sound latent (mode av). skipped: reason -> names.
+    """
+
+    dataset: Dataset
+    items: list[CachedItem] = field(default_factory=list)
+    counts: Counter = field(default_factory=Counter)
+    skipped: dict[str, list[str]] = field(default_factory=dict)
+    without_sound: list[str] = field(default_factory=list)
+    headers: dict[Path, CacheHeader] = field(default_factory=dict)
+
+    def skip(self, reason: str, name: str) -> None:
+        self.skipped.setdefault(reason, []).append(name)
+
+
+def take_inventory(dataset: Dataset, mode: str, *, references: bool = True, reference_audio: bool = True) -> Inventory:
+    """Look through the cache of a dataset. Headers are read, tensor data is not.
+
+    Args:
+        mode: video, av or audio; in video mode sound latents are left alone.
+        references, reference_audio: whether items need a reference where the dataset configures a folder of them.
+
+    Raises:
+        UserError: a text, sound or reference file is damaged.
+    """
+    found = Inventory(dataset)
+    reference_audio = reference_audio and mode != "video"
+    folder = dataset.cache_directory
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    parsed = _parse_names(found, names)
+    per_stem = Counter(name.stem for _, name in parsed)
+    for latent, name in parsed:
+        header = _own_header(found, latent)
+        if header is None:
+            continue
+        found.counts["latents"] += 1
+        audio = None
+        if mode != "video" and dataset.kind != "image":
+            audio = _audio_of(latent, name.stem, per_stem[name.stem])
+        if dataset.item_kind == "audio" and audio is None:
+            found.skip("no_audio", latent.name)
+            continue
+        _add_item(found, latent, name, header, audio, references, reference_audio)
+    stems = {name.stem for _, name in parsed}
+    lonely = sum(name.endswith(TEXT_SUFFIX) and name.removesuffix(TEXT_SUFFIX) not in stems for name in names)
+    if lonely:
+        logger.info("%s: %d text caches have no latent", dataset.label, lonely)
+    return found
+
+
+def _parse_names(found: Inventory, names: Iterable[str]) -> list[tuple[Path, CacheName]]:
+    """Latent files with their parsed names, sorted by file name."""
+    folder, video = found.dataset.cache_directory, found.dataset.item_kind == "video"
+    parsed = []
+    for file_name in names:
+        if not file_name.endswith(LATENT_SUFFIX) or file_name.startswith("."):
+            continue
+        name = cache_names.parse_latent_name(file_name, video=video)
+        if name is None:
+            found.skip("name", file_name)
+        else:
+            parsed.append((folder / file_name, name))
+    if "name" in found.skipped:
+        logger.warning(
+            "%s: %d latent files are not named like items of this dataset and are skipped: %s",
+            found.dataset.label,
+            len(found.skipped["name"]),
+            _some(found.skipped["name"]),
+        )
+    return parsed
+
+
+def _own_header(found: Inventory, latent: Path) -> CacheHeader | None:
+    """The header of a latent file, or None when the file is not ours to train on."""
+    try:
+        if latent.is_symlink() and latent.resolve().parent != latent.parent.resolve():
+            raise UserError(f"{latent}: a link that leaves the cache directory")
+        header = read_header(latent)
+        if not header.is_ours or len(header.shape) != 4:
+            raise UserError(f"{latent}: made for another model")
+    except UserError as reason:
+        logger.warning("%s; it is not trained on", reason)
+        found.skip("foreign", latent.name)
+        return None
+    found.headers[latent] = header
+    return header
+
+
+def _audio_of(latent: Path, stem: str, latents_of_stem: int) -> Path | None:
+    """The sound latent of an item: beside the latent, or in the simplified layout where that is unambiguous."""
+    usual = cache_names.audio_path(latent)
+    if usual.is_file():
+        return usual
+    simple = cache_names.simple_audio_path(latent, stem)
+    return simple if latents_of_stem == 1 and simple.is_file() else None
+
+
+def _add_item(
+    found: Inventory,
+    latent: Path,
+    name: CacheName,
+    header: CacheHeader,
+    audio: Path | None,
+    references: bool,
+    reference_audio: bool,
+) -> None:
+    dataset, counts = found.dataset, found.counts
+    text = latent.with_name(cache_names.text_name(name.stem))
+    has_text = text.is_file()
+    dino = cache_names.dino_path(latent) if cache_names.dino_path(latent).is_file() else None
+    reference = sound_reference = None
+    missing = not has_text and "no_text"
+    if references and dataset.reference_cache_directory is not None:
+        reference = dataset.reference_cache_directory / latent.name
+        counts["references"] += reference.is_file()
+        missing = missing or (not reference.is_file() and "no_reference")
+    if reference_audio and dataset.reference_audio_cache_directory is not None:
+        sound_reference = dataset.reference_audio_cache_directory / cache_names.audio_path(latent).name
+        counts["reference audio"] += sound_reference.is_file()
+        missing = missing or (not sound_reference.is_file() and "no_reference")
+    counts["audio"] += audio is not None
+    counts["text"] += has_text
+    counts["dino"] += dino is not None
+    if missing:
+        found.skip(missing, name.key)
+        return
+    for path in (text, audio, reference, sound_reference):
+        if path is not None and path not in found.headers:
+            found.headers[path] = read_header(path)
+    if dataset.item_kind == "video" and audio is None:
+        found.without_sound.append(name.key)
+    audio_steps = found.headers[audio].shape[1] if audio else None
+    reference_shape = found.headers[reference].shape if reference else None
+    frames = name.frames or int(float(header.metadata.get("frame_count") or 1))
+    found.items.append(
+        CachedItem(
+            key=name.key,
+            stem=name.stem,
+            latent_path=latent,
+            text_path=text,
+            audio_path=audio,
+            dino_path=dino,
+            reference_path=reference,
+            reference_audio_path=sound_reference,
+            frames=frames,
+            size=(name.width, name.height),
+            latent_shape=header.shape,
+            audio_steps=audio_steps,
+            bucket_key=bucket_key(dataset, name, header.shape, audio_steps, reference_shape),
+        )
+    )
+    counts["usable"] += 1
+
+
+def bucket_key(
+    dataset: Dataset,
+    name: CacheName,
+    latent_shape: Sequence[int],
+    audio_steps: int | None,
+    reference_shape: Sequence[int] | None,
+) -> tuple:
+    """What items of one batch have in common, from the cached tensors rather than from the configuration."""
+    _, _, height, width = latent_shape
+    if dataset.item_kind == "audio":
+        key: tuple = (name.width, name.height)
+    else:
+        key = (width * STEP, height * STEP)
+    if dataset.separate_audio_buckets:
+        key += (int(audio_steps is not None),)
+    if dataset.item_kind == "audio":
+        key += (quantized_steps(audio_steps, dataset.audio_bucket_strategy, dataset.audio_bucket_interval),)
+    elif dataset.item_kind == "video":
+        key += (name.frames,)
+    return key + tuple(reference_shape[1:] if reference_shape else ())
+
+
+def quantized_steps(steps: int, strategy: str, interval: float) -> int:
+    """Sound length of a bucket in latent steps, for `steps` cached ones and an interval in seconds."""
+    quantum = max(round(interval * STEPS_PER_SECOND), 1)
+    if strategy == "pad":
+        return max((steps + quantum // 2) // quantum * quantum, quantum)
+    return steps // quantum * quantum or steps
+
+
+def check_inventories(inventories: Sequence[Inventory], mode: str) -> None:
+    """Log the count table and what disagrees in it.
+
+    Raises:
+        UserError: a dataset has no usable item, or mode av or audio has no sound at all.
+    """
+    for line in count_table(inventories):
+        logger.info("%s", line)
+    for inventory in inventories:
+        _warn_gaps(inventory)
+    empty = [inventory for inventory in inventories if not inventory.items]
+    if empty:
+        places = "; ".join(f"{inventory.dataset.label} ({inventory.dataset.cache_directory})" for inventory in empty)
+        raise UserError(
+            f"no usable items in {places}: an item needs a latent and a text cache, "
+            f"run {_LATENTS_SCRIPT} and {_TEXT_SCRIPT} with this dataset file and --ltx2_mode {mode}"
+        )
+    _check_sound([inventory for inventory in inventories if not inventory.dataset.validation], mode)
+
+
+def count_table(inventories: Sequence[Inventory]) -> list[str]:
+    """One line per dataset and a total."""
+    columns = ("latents", "audio", "text", "references", "reference audio", "dino", "usable")
+    lines = []
+    total: Counter = Counter()
+    for inventory in inventories:
+        total += inventory.counts
+        lines.append(_row(inventory.dataset.label, inventory.counts, columns))
+    return [*lines, _row("total", total, columns)]
+
+
+def _row(label: str, counts: Counter, columns: Sequence[str]) -> str:
+    return f"[{label}] " + " | ".join(f"{column} {counts[column]}" for column in columns)
+
+
+def _warn_gaps(inventory: Inventory) -> None:
+    label, counts = inventory.dataset.label, inventory.counts
+    if counts["usable"] < counts["latents"]:
+        reasons = "; ".join(
+            f"{reason} {len(names)} ({_some(names)})" for reason, names in inventory.skipped.items() if reason != "name"
+        )
+        logger.warning("%s: %d of %d latents are usable: %s", label, counts["usable"], counts["latents"], reasons)
+
+
+def _check_sound(inventories: Sequence[Inventory], mode: str) -> None:
+    """The line that says how much sound there is to learn from, and the error when there is none."""
+    if mode == "video":
+        return
+    clips = [item for inventory in inventories if inventory.dataset.kind != "image" for item in inventory.items]
+    heard = sum(item.has_audio for item in clips)
+    silent = [key for inventory in inventories for key in inventory.without_sound]
+    logger.info("sound: %d of %d clips (%d have no sound cache)", heard, len(clips), len(clips) - heard)
+    if not heard:
+        raise UserError(
+            f"--ltx2_mode {mode} but not one *{AUDIO_SUFFIX} in the caches; "
+            f"run {_LATENTS_SCRIPT} --ltx2_mode {mode}, or train with --ltx2_mode video"
+        )
+    if silent:
+        logger.warning("%d clips have no sound cache and train the picture alone: %s", len(silent), _some(silent))
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:_LISTED]) + (", ..." if len(names) > _LISTED else "")
