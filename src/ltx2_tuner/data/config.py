@@ -145,7 +145,7 @@ def load_dataset_config(
         groups[name] = tuple(dataset for dataset in built if dataset is not None)
     datasets, validation = groups["datasets"], groups["validation_datasets"]
     mode = config_checks.resolve_mode(mode, datasets + validation)
-    config = DatasetConfig(path, mode, *(_for_mode(group, mode) for group in (datasets, validation)))
+    config = DatasetConfig(path, mode, *(for_mode(group, mode) for group in (datasets, validation)))
     config_checks.check_config(config, problems, purpose, reference_downscale)
     problems.raise_if_any()
     problems.log()
@@ -296,8 +296,8 @@ def find_input(name: str, *folders: Path) -> Path:
     return next((candidate for candidate in candidates if os.path.exists(candidate)), wanted)  # noqa: PTH110
 
 
-def _for_mode(datasets: tuple[Dataset, ...], mode: str) -> tuple[Dataset, ...]:
-    """In audio mode every file of a video dataset is one audio item."""
+def for_mode(datasets: tuple[Dataset, ...], mode: str) -> tuple[Dataset, ...]:
+    """The datasets as a mode sees them: in audio mode every file of a video dataset is one audio item."""
     if mode != "audio":
         return datasets
     return tuple(dataclasses.replace(dataset, item_kind="audio") for dataset in datasets)

@@ -103,8 +103,8 @@ def check_config(config: DatasetConfig, problems: Problems, purpose: str, refere
     for dataset in config.all:
         _check_sources(dataset, problems, purpose)
         _check_resolution(dataset, problems, reference_downscale)
-    _check_kinds(config, problems)
-    _check_directories(config.all, problems)
+    check_kinds(config, problems)
+    check_directories(config.all, problems)
 
 
 def _check_sources(dataset: Dataset, problems: Problems, purpose: str) -> None:
@@ -145,7 +145,7 @@ def _check_resolution(dataset: Dataset, problems: Problems, reference_downscale:
             )
 
 
-def _check_kinds(config: DatasetConfig, problems: Problems) -> None:
+def check_kinds(config: DatasetConfig, problems: Problems) -> None:
     """Which kinds of dataset a mode takes."""
     kinds = {dataset.kind for dataset in config.all}
     if "audio" in kinds and len(kinds) > 1:
@@ -173,7 +173,7 @@ def _normal(path: Path) -> str:
     return os.path.normcase(os.path.realpath(path))
 
 
-def _check_directories(datasets: tuple[Dataset, ...], problems: Problems) -> None:
+def check_directories(datasets: tuple[Dataset, ...], problems: Problems) -> None:
     """No two datasets may write into the same folder: one would delete or read the other's files."""
     caches = _claims(datasets, "cache_directory")
     references = _claims(datasets, "reference_cache_directory")
