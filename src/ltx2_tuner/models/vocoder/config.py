@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -76,30 +76,33 @@ class ExtensionConfig:
 
     base: GeneratorConfig
     extension: GeneratorConfig
-    input_rate: int  # samples/s out of the base generator
-    output_rate: int  # samples/s
-    hop_length: int  # samples
-    fft_length: int  # samples
+    hop_length: int  # samples of the base generator
+    fft_length: int  # samples of the base generator
 
     @classmethod
     def from_dict(cls, section: Mapping[str, Any]) -> ExtensionConfig:
         """Read a section with the objects `vocoder` and `bwe`."""
         bwe = section["bwe"]
+        base = GeneratorConfig.from_dict(section["vocoder"])
+        extension = GeneratorConfig.from_dict(bwe, final_activation=False)
         config = cls(
-            base=GeneratorConfig.from_dict(section["vocoder"]),
-            extension=GeneratorConfig.from_dict(bwe, final_activation=False),
-            input_rate=bwe.get("input_sampling_rate", 16000),
-            output_rate=bwe.get("output_sampling_rate", 48000),
+            base=replace(base, output_rate=bwe.get("input_sampling_rate", 16000)),
+            extension=replace(extension, output_rate=bwe.get("output_sampling_rate", 48000)),
             hop_length=bwe.get("hop_length", 80),
             fft_length=bwe.get("n_fft", 512),
         )
-        ratio, rest = divmod(config.output_rate, config.input_rate)
-        if rest or config.extension.samples_per_frame != ratio * config.hop_length:
+        before, after = config.base.output_rate, config.extension.output_rate
+        if config.extension.samples_per_frame * before != config.hop_length * after or after % before:
             raise ValueError(
                 f"vocoder.bwe turns {config.hop_length} samples into {config.extension.samples_per_frame}, which does "
-                f"not fit its rates {config.input_rate} and {config.output_rate}"
+                f"not fit its rates {before} and {after}"
             )
         return config
+
+    @property
+    def ratio(self) -> int:
+        """Samples made of one sample of the base generator."""
+        return self.extension.output_rate // self.base.output_rate
 
 
 # Block lists of the released generators, which shapes do not tell apart from others of equal size.

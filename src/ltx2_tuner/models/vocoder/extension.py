@@ -57,9 +57,8 @@ class CausalLogMel(nn.Module):
         super().__init__()
         self.hop_length = config.hop_length
         self.stft_fn = FourierBasis(config.fft_length)
-        filters = mel_filters(
-            config.extension.mel_bins, config.fft_length, config.input_rate, 0.0, config.input_rate / 2
-        )
+        rate = config.base.output_rate
+        filters = mel_filters(config.extension.mel_bins, config.fft_length, rate, 0.0, rate / 2)
         self.register_buffer("mel_basis", filters)
 
     def forward(self, waveform: Tensor) -> Tensor:
@@ -76,7 +75,7 @@ class ExtendedVocoder(Vocoder):
     def __init__(self, config: ExtensionConfig) -> None:
         super().__init__()
         self.config = config
-        self.output_rate = config.output_rate
+        self.output_rate = config.extension.output_rate
         self.vocoder = Generator(config.base)
         self.bwe_generator = Generator(config.extension)
         self.mel_stft = CausalLogMel(config)
@@ -84,7 +83,7 @@ class ExtendedVocoder(Vocoder):
     def forward(self, mel: Tensor) -> Tensor:
         """(B, 2, frames, bins) -> (B, 2, frames * samples_per_frame * R) in the dtype of the weights."""
         low = self.vocoder(mel)
-        ratio = self.config.output_rate // self.config.input_rate
+        ratio = self.config.ratio
         length = low.shape[-1] * ratio
         with torch.autocast(low.device.type, enabled=False):
             low = F.pad(low, (0, -low.shape[-1] % self.config.hop_length))
