@@ -170,7 +170,8 @@ def test_files_are_deterministic_and_carry_metadata(tmp_path):
     assert_same_deltas(found.modules, modules, 1e-6)
     assert comfy_path(first).name == "ä b.comfy.safetensors"
     save_comfy(comfy_path(first), modules, metadata)
-    assert load_lora(comfy_path(first)).metadata == {**metadata, "reference_downscale_factor": "2"}
+    plain = {"reference_downscale_factor": "2", "reference_spatial_scale_factor": "2"}
+    assert load_lora(comfy_path(first)).metadata == {**metadata, **plain}
 
 
 @pytest.mark.parametrize("factor", ["1", "None"])

@@ -174,11 +174,12 @@ WRITERS: dict[str, Callable[..., dict[str, Tensor]]] = {
 
 
 def comfy_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
-    """A ComfyUI file's metadata: a copy, plus the reference factor under the plain key that pipelines read."""
+    """A ComfyUI file's metadata: a copy, plus the reference factor under the plain keys that pipelines read."""
     copy = dict(metadata)
     factor = copy.get("ss_reference_downscale_factor")
     if factor not in (None, "1", "1.0", "None"):
         copy.setdefault("reference_downscale_factor", factor)
+        copy.setdefault("reference_spatial_scale_factor", factor)
     return copy
 
 

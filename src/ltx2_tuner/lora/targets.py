@@ -29,6 +29,7 @@ PRESETS: dict[str, tuple[str, ...] | None] = {
     "audio_ref_only_ic": (*_AUDIO, rf".*\.audio_to_video_attn\.{_PROJECTION}"),
     "full": None,
 }
+STRATEGIES = ("auto", "none", "v2v", "audio_ref_only_ic")
 ALWAYS_EXCLUDED = (r".*embeddings_connector\..*", r".*text_embedding_projection.*")
 
 # First part of a layer's path inside its block -> group, in the order of the log.
@@ -102,6 +103,15 @@ def default_preset(mode: str, strategy: str = "auto", typed: str | None = None) 
     if mode == "audio":
         return "audio"
     return strategy if strategy in PRESETS else "t2v"
+
+
+def resolve_strategy(strategy: str, preset: str, has_references: bool) -> str:
+    """What `--ic_lora_strategy` comes to: `auto` follows the preset, v2v only where references are cached."""
+    if strategy != "auto":
+        return strategy
+    if preset == "v2v":
+        return "v2v" if has_references else "none"
+    return preset if preset == "audio_ref_only_ic" else "none"
 
 
 def compile_patterns(patterns: Sequence[str], option: str) -> list[re.Pattern]:
