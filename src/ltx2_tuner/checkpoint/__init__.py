@@ -1,6 +1,27 @@
 """Reading official checkpoints: headers, configs, versions, streaming loads, fingerprints."""
 
 from ltx2_tuner.checkpoint.checkpoint import Checkpoint, check_version
+from ltx2_tuner.checkpoint.components import (
+    load_audio_decoder,
+    load_audio_encoder,
+    load_text_connectors,
+    load_video_decoder,
+    load_video_encoder,
+    load_vocoder,
+)
 from ltx2_tuner.checkpoint.safetensors_file import SafetensorsFile, TensorEntry
+from ltx2_tuner.checkpoint.transformer_loader import load_transformer
 
-__all__ = ["Checkpoint", "SafetensorsFile", "TensorEntry", "check_version"]
+__all__ = [
+    "Checkpoint",
+    "SafetensorsFile",
+    "TensorEntry",
+    "check_version",
+    "load_audio_decoder",
+    "load_audio_encoder",
+    "load_text_connectors",
+    "load_transformer",
+    "load_video_decoder",
+    "load_video_encoder",
+    "load_vocoder",
+]
