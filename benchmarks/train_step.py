@@ -1,0 +1,211 @@
+"""Seconds and memory of one LoRA training step at full size, with random weights made on the device.
+
+One JSON line: the median of 6 steps after 3. A step is forward, backward, clipping and AdamW.
+
+python benchmarks/train_step.py --mode av --frames 49 --recompute none
+python benchmarks/train_step.py --layers 2 --width_divisor 32 --size 64 64 --frames 9 --device cpu   # a small one
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
+
+import torch
+
+from ltx2_tuner.lora import LoRANetwork, Targets, select_layers
+from ltx2_tuner.memory.compilation import compile_blocks, compiler_works
+from ltx2_tuner.models.transformer import LTXTransformer, Modality, TransformerConfig
+from ltx2_tuner.models.transformer.tokens import audio_latent_length, audio_positions, video_positions
+
+WARM_UP, MEASURED = 3, 6
+TEXT_TOKENS = 1024
+FPS = 25.0
+PEAK_BF16 = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "4090": 165e12, "5090": 210e12}  # dense, FLOP/s
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mode", choices=("video", "av", "audio"), default="av")
+    parser.add_argument("--frames", type=int, default=49)
+    parser.add_argument("--size", type=int, nargs=2, default=(512, 768), metavar=("HEIGHT", "WIDTH"))
+    parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--recompute", choices=("none", "full"), default="none")
+    parser.add_argument("--layers", type=int, default=48)
+    parser.add_argument("--width_divisor", type=int, default=1, help="narrower heads, for machines without a big card")
+    parser.add_argument("--lora_dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--profile", metavar="FILE", help="write the top kernels of one step as text")
+    return parser.parse_args(argv)
+
+
+def build(args: argparse.Namespace, device: torch.device) -> tuple[LTXTransformer, LoRANetwork]:
+    """The LTX-2.3 transformer with random weights, and a LoRA on all its attentions."""
+    head_dim = 128 // args.width_divisor
+    config = TransformerConfig(
+        num_layers=args.layers,
+        head_dim=head_dim,
+        audio_head_dim=head_dim // 2,
+        cross_attention_dim=32 * head_dim,
+        audio_cross_attention_dim=16 * head_dim,
+        cross_attention_adaln=True,
+        apply_gated_attention=True,
+        caption_proj_before_connector=True,
+    )
+    with torch.device("meta"):
+        model = LTXTransformer(config, args.mode)
+    model = model.to(torch.bfloat16).to_empty(device=device).requires_grad_(False)
+    generator = torch.Generator(device).manual_seed(0)
+    for name, parameter in model.named_parameters():
+        std = 1.0 if "norm" in name else parameter.shape[-1] ** -0.5
+        parameter.data.normal_(0, std, generator=generator)
+    layers = select_layers(model, Targets(args.mode, "audio" if args.mode == "audio" else "t2v"))
+    network = LoRANetwork(layers, args.rank).to(device)
+    if args.lora_dtype == "bfloat16":
+        network.to(torch.bfloat16)
+    network.set_compute_dtype(torch.bfloat16)
+    for _, adapter in network.adapters():
+        torch.nn.init.normal_(adapter.lora_up.weight, std=0.01)
+    network.attach(model)
+    return model.train(), network.train()
+
+
+def inputs(args: argparse.Namespace, config: TransformerConfig, device: torch.device) -> dict[str, Modality | None]:
+    """One sample of random latents, one noise level."""
+    sigma = torch.tensor([0.7], device=device)
+
+    def modality(tokens: int, channels: int, positions: torch.Tensor, stream: str) -> Modality:
+        return Modality(
+            latent=torch.randn(1, tokens, channels, device=device, dtype=torch.bfloat16),
+            sigma=sigma,
+            timesteps=sigma[:, None],
+            positions=positions.to(device),
+            context=torch.randn(1, TEXT_TOKENS, config.context_width(stream), device=device, dtype=torch.bfloat16),
+        )
+
+    grid = ((args.frames - 1) // 8 + 1, args.size[0] // 32, args.size[1] // 32)
+    length = audio_latent_length(args.frames / FPS)
+    video = modality(grid[0] * grid[1] * grid[2], config.in_channels, video_positions(*grid, FPS), "video")
+    audio = modality(length, config.audio_in_channels, audio_positions(length), "audio")
+    return {"video": None if args.mode == "audio" else video, "audio": None if args.mode == "video" else audio}
+
+
+def flops(config: TransformerConfig, video_tokens: int, audio_tokens: int) -> float:
+    """Floating point operations of one forward pass (documentation of the cost model: multiply-add counts 2)."""
+    d, a, s = config.video_width, config.audio_width, TEXT_TOKENS
+    v, t = video_tokens, audio_tokens
+    total = 0
+    for width, tokens in ((d, v), (a, t)):
+        if tokens:
+            total += 4 * width**2 * tokens + 2 * tokens**2 * width  # self
+            total += 2 * width**2 * (tokens + s) + 2 * tokens * s * width  # text
+            total += 8 * width**2 * tokens
+    if v and t:
+        total += 2 * (2 * d * a * v + 2 * a**2 * t + 2 * v * t * a)
+    return 2.0 * total * config.num_layers
+
+
+class Step:
+    """One training step on fixed inputs."""
+
+    def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
+        self.model, self.network = build(args, device)
+        self.inputs = inputs(args, self.model.config, device)
+        self.targets = {
+            name: torch.randn_like(modality.latent, dtype=torch.float32)
+            for name, modality in self.inputs.items()
+            if modality is not None
+        }
+        self.parameters = list(self.network.parameters())
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, fused=device.type == "cuda")
+        if args.recompute == "full":
+            self.model.enable_gradient_checkpointing()
+        if args.compile and compiler_works(device):
+            compile_blocks(self.model.transformer_blocks)
+
+    def __call__(self) -> torch.Tensor:
+        velocities = dict(zip(("video", "audio"), self.model(self.inputs["video"], self.inputs["audio"])))
+        loss = sum((velocities[name].float() - target).square().mean() for name, target in self.targets.items())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0, foreach=True)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+
+def measure(step: Step, device: torch.device) -> float:
+    """Median seconds of a step."""
+    times = []
+    for number in range(WARM_UP + MEASURED):
+        _synchronize(device)
+        start = time.perf_counter()
+        step()
+        _synchronize(device)
+        if number >= WARM_UP:
+            times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def profile(step: Step, path: str) -> None:
+    """The kernels of one step by the time they take, and their number."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as record
+
+    with record(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        step()
+        torch.cuda.synchronize()
+    kernels = [event for event in profiler.events() if event.device_type.name == "CUDA"]
+    busy = sum(event.device_time_total for event in kernels) / 1e3
+    table = profiler.key_averages().table(sort_by="self_device_time_total", row_limit=45, max_name_column_width=90)
+    Path(path).write_text(f"{len(kernels)} kernels, {busy:.1f} ms busy\n{table}\n", encoding="utf-8")
+
+
+def main(argv: list[str] | None = None) -> dict[str, object]:
+    args = parse_arguments(argv)
+    device = torch.device(args.device)
+    step = Step(args, device)
+    seconds = measure(step, device)
+    config = step.model.config
+    tokens = {name: target.shape[1] for name, target in step.targets.items()}
+    work = flops(config, tokens.get("video", 0), tokens.get("audio", 0)) * (3 if args.recompute == "full" else 2)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    peak = next((value for key, value in PEAK_BF16.items() if key in name), None)
+    line = {
+        "precision": "bf16",
+        "recompute": args.recompute,
+        "blocks_to_swap": 0,
+        "mode": args.mode,
+        "frames": args.frames,
+        "size": list(args.size),
+        "tokens": tokens,
+        "rank": args.rank,
+        "lora_dtype": args.lora_dtype,
+        "layers": args.layers,
+        "compiled": args.compile and compiler_works(device),
+        "sec": round(seconds, 4),
+        "peak_gib": round(torch.cuda.max_memory_allocated(device) / 2**30, 2) if device.type == "cuda" else None,
+        "tflops": round(work / seconds / 1e12, 1),
+        "mfu": round(work / seconds / peak, 3) if peak else None,
+        "gpu": name,
+        "torch": torch.__version__,
+    }
+    print(json.dumps(line), flush=True)
+    if args.profile:
+        profile(step, args.profile)
+    return line
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""Compiling the transformer block by block.
+
+All blocks share one code object, so one compilation serves all of them; a new bucket shape costs one more. Blocks are
+compiled with static shapes: the kernels are faster, and the number of shapes is the number of buckets.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import nn
+
+logger = logging.getLogger(__name__)
+
+# One entry a bucket shape, times grad and no-grad, times train and eval.
+CACHE_ENTRIES = 64
+
+
+def compiler_works(device: torch.device) -> bool:
+    """Whether torch.compile has a backend for this device that runs here (it needs Triton on CUDA)."""
+    if device.type != "cuda":
+        return False
+    try:
+        import triton  # noqa: F401
+    except (ImportError, OSError, RuntimeError):
+        return False
+    return torch.cuda.get_device_capability(device) >= (7, 0)
+
+
+def compile_blocks(
+    blocks: nn.ModuleList,
+    *,
+    backend: str = "inductor",
+    mode: str | None = None,
+    dynamic: bool | None = False,
+    fullgraph: bool = False,
+    cache_entries: int = CACHE_ENTRIES,
+) -> None:
+    """Compile each block in place, after adapters are attached.
+
+    Args:
+        mode: torch.compile's mode; None is its default.
+        dynamic: False compiles each shape anew, True and None let torch make shapes symbolic.
+        cache_entries: compilations kept before torch falls back to eager; too few of them turn a run with many
+            buckets into one that compiles for ever.
+    """
+    torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, cache_entries)
+    torch._dynamo.config.accumulated_cache_size_limit = max(
+        torch._dynamo.config.accumulated_cache_size_limit, len(blocks) * cache_entries
+    )
+    for block in blocks:
+        block.compile(backend=backend, mode=mode, dynamic=dynamic, fullgraph=fullgraph)
