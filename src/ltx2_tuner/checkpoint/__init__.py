@@ -9,7 +9,9 @@ from ltx2_tuner.checkpoint.components import (
     load_video_encoder,
     load_vocoder,
 )
+from ltx2_tuner.checkpoint.fingerprint import component_id, weights_id
 from ltx2_tuner.checkpoint.safetensors_file import SafetensorsFile, TensorEntry
+from ltx2_tuner.checkpoint.tiny import write_tiny_checkpoint
 from ltx2_tuner.checkpoint.transformer_loader import load_transformer
 
 __all__ = [
@@ -17,6 +19,7 @@ __all__ = [
     "SafetensorsFile",
     "TensorEntry",
     "check_version",
+    "component_id",
     "load_audio_decoder",
     "load_audio_encoder",
     "load_text_connectors",
@@ -24,4 +27,6 @@ __all__ = [
     "load_video_decoder",
     "load_video_encoder",
     "load_vocoder",
+    "weights_id",
+    "write_tiny_checkpoint",
 ]

@@ -52,7 +52,7 @@ def checked_shapes(
     if missing:
         raise UserError(
             f"{checkpoint.path}: {len(missing)} of the {len(wanted)} tensors of the {component.replace('_', ' ')} are "
-            f"missing, such as {COMPONENTS[component][0][0]}{missing[0]}; name a complete file with {flag}"
+            f"missing, such as {missing[0]}; name a complete file with {flag}"
         )
     names = {key: found[key] for key in wanted}
     for key, name in names.items():

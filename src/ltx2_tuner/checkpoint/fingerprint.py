@@ -1,0 +1,47 @@
+"""Short ids of the weights that cache files were made with, cheap on a 40 GB file."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Mapping
+
+from ltx2_tuner.checkpoint.checkpoint import Checkpoint
+from ltx2_tuner.checkpoint.safetensors_file import SafetensorsFile, TensorEntry
+
+SAMPLE_BYTES = 4096
+FINGERPRINTED = ("video_encoder", "audio_encoder", "text")
+
+
+def component_id(checkpoint: Checkpoint, component: str) -> str:
+    """16 hex digits that name the weights of "video_encoder", "audio_encoder" or "text".
+
+    Hashed are name, dtype, shape and the first and last 4096 bytes of every tensor of the component, so files that
+    differ elsewhere (a quantised transformer) share the id.
+    """
+    if component not in FINGERPRINTED:
+        raise ValueError(f"component is {component!r}; known are {', '.join(FINGERPRINTED)}")
+    names = checkpoint.component(component)
+    entries = {key: checkpoint.entry(name) for key, name in names.items()}
+    return _digest(entries, lambda key, start, length: checkpoint.read_range(names[key], start, length))
+
+
+def weights_id(files: str | os.PathLike | Iterable[str | os.PathLike]) -> str:
+    """The same id over all tensors of one or more safetensors files (Gemma)."""
+    paths = [files] if isinstance(files, str | os.PathLike) else list(files)
+    owners: dict[str, SafetensorsFile] = {}
+    for path in paths:
+        file = SafetensorsFile(path)
+        owners |= dict.fromkeys(file.tensors, file)
+    entries = {name: file.tensors[name] for name, file in owners.items()}
+    return _digest(entries, lambda name, start, length: owners[name].read_range(name, start, length))
+
+
+def _digest(entries: Mapping[str, TensorEntry], read: Callable[[str, int, int], bytes]) -> str:
+    digest = hashlib.sha256()
+    for key in sorted(entries):
+        entry = entries[key]
+        digest.update(f"{key}\0{entry.dtype}\0{list(entry.shape)}\0".encode())
+        digest.update(read(key, 0, SAMPLE_BYTES))
+        digest.update(read(key, max(entry.nbytes - SAMPLE_BYTES, 0), SAMPLE_BYTES))
+    return digest.hexdigest()[:16]
