@@ -1,8 +1,8 @@
 """What both caching scripts do around encoding: journal, staleness, disk estimate, orphans, counts and the report.
 
 A script lays its items out in batches over the whole member list, decides which files can stay (`Journal.done`,
-`data.metadata.stale_reason`), encodes every batch that misses a file, tells the journal and a `Tally` per dataset, removes orphans,
-prints `summary_lines`, writes the reports and returns `exit_status`.
+`data.metadata.stale_reason`), encodes every batch that misses a file, tells the journal and a `Tally` per dataset,
+removes orphans, prints `summary_lines`, writes the reports and returns `exit_status`.
 """
 
 from __future__ import annotations

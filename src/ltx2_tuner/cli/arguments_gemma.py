@@ -39,7 +39,7 @@ def add_gemma_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--gemma_fp8_weight_offload",
         action=argparse.BooleanOptionalAction,
-        help=f"keep fp8 weights of --gemma_safetensors in host memory between uses (default: ${OFFLOAD_VARIABLE}, else on)",
+        help=f"keep fp8 weights of --gemma_safetensors in host memory (default: ${OFFLOAD_VARIABLE}, else on)",
     )
 
 

@@ -112,16 +112,20 @@ def load_text_encoder(
     try:
         _check_fit(source, connectors)
         tokenizer = _tokenizer(source)
-        identity = gemma_fingerprint(source)
+        identity = weights_id(source.weights)
         model = load_gemma(source, device, dtype)
     finally:
         source.close()
     return TextEncoder(tokenizer, model, connectors, device, identity)
 
 
-def gemma_fingerprint(source: GemmaSource) -> str:
-    """`gemma_id` of opened files: 16 hex digits over names, types, shapes and samples of the text weights."""
-    return weights_id(source.weights)
+def read_gemma_id(options: GemmaOptions) -> str:
+    """`gemma_id` of Gemma's files without loading them: 16 hex digits over names, types, shapes and sampled bytes."""
+    source = open_gemma(options)
+    try:
+        return weights_id(source.weights)
+    finally:
+        source.close()
 
 
 def _check_fit(source: GemmaSource, connectors: TextConnectors) -> None:
