@@ -173,7 +173,7 @@ def _to_encoder(pixels: Tensor, encoder: VideoEncoder) -> Tensor:
     weight = encoder.conv_in.conv.weight
     pixels = pixels.to(weight.device)
     if pixels.dtype == torch.uint8:
-        pixels = pixels.float() / 127.5 - 1
+        pixels = pixels.float().div_(127.5).sub_(1)
     return pixels.to(weight.dtype)
 
 
