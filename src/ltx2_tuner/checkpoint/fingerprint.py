@@ -23,7 +23,7 @@ def component_id(checkpoint: Checkpoint, component: str) -> str:
         raise ValueError(f"component is {component!r}; known are {', '.join(FINGERPRINTED)}")
     names = checkpoint.component(component)
     entries = {key: checkpoint.entry(name) for key, name in names.items()}
-    return _digest(entries, lambda key, start, length: checkpoint.read_range(names[key], start, length))
+    return fingerprint(entries, lambda key, start, length: checkpoint.read_range(names[key], start, length))
 
 
 def weights_id(files: str | os.PathLike | Iterable[str | os.PathLike]) -> str:
@@ -34,10 +34,15 @@ def weights_id(files: str | os.PathLike | Iterable[str | os.PathLike]) -> str:
         file = SafetensorsFile(path)
         owners |= dict.fromkeys(file.tensors, file)
     entries = {name: file.tensors[name] for name, file in owners.items()}
-    return _digest(entries, lambda name, start, length: owners[name].read_range(name, start, length))
+    return fingerprint(entries, lambda name, start, length: owners[name].read_range(name, start, length))
 
 
-def _digest(entries: Mapping[str, TensorEntry], read: Callable[[str, int, int], bytes]) -> str:
+def fingerprint(entries: Mapping[str, TensorEntry], read: Callable[[str, int, int], bytes]) -> str:
+    """16 hex digits over the tensors of a component, by the names that it knows them by.
+
+    Args:
+        read: `read(name, start, length)` gives raw bytes of a tensor, fewer where it ends.
+    """
     digest = hashlib.sha256()
     for key in sorted(entries):
         entry = entries[key]
