@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ltx2_tuner.checkpoint import Checkpoint, load_text_connectors, weights_id
+from ltx2_tuner.checkpoint import Checkpoint, load_text_connectors
 from ltx2_tuner.errors import UserError
 from ltx2_tuner.models.text import TextConnectors
 from ltx2_tuner.text_encoding.gemma import SMALLER, GemmaSource, load_gemma, open_gemma
@@ -112,7 +112,7 @@ def load_text_encoder(
     try:
         _check_fit(source, connectors)
         tokenizer = _tokenizer(source)
-        identity = weights_id(source.weights)
+        identity = source.weights.fingerprint()
         model = load_gemma(source, device, dtype)
     finally:
         source.close()
@@ -123,7 +123,7 @@ def read_gemma_id(options: GemmaOptions) -> str:
     """`gemma_id` of Gemma's files without loading them: 16 hex digits over names, types, shapes and sampled bytes."""
     source = open_gemma(options)
     try:
-        return weights_id(source.weights)
+        return source.weights.fingerprint()
     finally:
         source.close()
 

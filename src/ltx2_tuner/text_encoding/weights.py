@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ltx2_tuner.checkpoint.fingerprint import fingerprint
 from ltx2_tuner.checkpoint.safetensors_file import SafetensorsFile, TensorEntry
 from ltx2_tuner.errors import UserError
 
@@ -54,9 +55,16 @@ class GemmaWeights:
         file, stored = self.scales[name]
         return file.read(stored, dtype=torch.float32)
 
-    @property
-    def is_fp8(self) -> bool:
-        return any(self.entry(name).dtype in FP8 for name in self.tensors)
+    def fingerprint(self) -> str:
+        """16 hex digits of what is loaded; the same weights have the same id in every layout and under every prefix."""
+        places = {**self.tensors, **{f"{name}_scale": place for name, place in self.scales.items()}}
+        entries = {name: file.tensors[stored] for name, (file, stored) in places.items()}
+
+        def read(name: str, start: int, length: int) -> bytes:
+            file, stored = places[name]
+            return file.read_range(stored, start, length)
+
+        return fingerprint(entries, read)
 
 
 def gemma_files(root: Path) -> tuple[Path, list[Path]]:
