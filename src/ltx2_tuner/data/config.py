@@ -136,11 +136,9 @@ def load_dataset_config(
     _warn_foreign_keys(path, document)
     groups = {}
     for name in ("datasets", "validation_datasets"):
-        tables = document.get(name, [])
-        tables = tables if isinstance(tables, list) else []
         built = (
             _build(table, f"{name}[{index}]", index, name != "datasets", parsed_general, typed or {}, path, problems)
-            for index, table in enumerate(tables)
+            for index, table in enumerate(_tables(document, name))
         )
         groups[name] = tuple(dataset for dataset in built if dataset is not None)
     datasets, validation = groups["datasets"], groups["validation_datasets"]
@@ -192,10 +190,14 @@ def _check_top_level(document: dict, problems: config_checks.Problems) -> None:
         problems.error("no [[datasets]] entry; add one with a source such as video_directory")
 
 
+def _tables(document: dict, name: str) -> list:
+    """The entries of an array of tables; empty when it is none."""
+    tables = document.get(name, [])
+    return tables if isinstance(tables, list) else []
+
+
 def _warn_foreign_keys(path: Path, document: dict) -> None:
-    tables = [document.get("general")] + [
-        table for name in _TOP_LEVEL[1:] for table in document.get(name) or [] if isinstance(document.get(name), list)
-    ]
+    tables = [document.get("general"), *(table for name in _TOP_LEVEL[1:] for table in _tables(document, name))]
     found = sorted({key for table in tables if isinstance(table, dict) for key in table if key in FOREIGN_KEYS})
     if found:
         logger.warning("%s: ignored, options of other models: %s", path, ", ".join(found))
