@@ -45,8 +45,8 @@ def checked_shapes(
     found = checkpoint.component(component)
     flag = _FLAGS[component]
     if not found:
-        prefix = COMPONENTS[component][0][0]
-        raise UserError(f"{checkpoint.path}: has no tensors under {prefix}; name a file that has them with {flag}")
+        prefixes = ", ".join(prefix for prefix, _ in COMPONENTS[component])
+        raise UserError(f"{checkpoint.path}: has no tensors under {prefixes}; name a file that has them with {flag}")
     wanted = module.state_dict()
     missing = [key for key in wanted if key not in found]
     if missing:
