@@ -173,6 +173,25 @@ WRITERS: dict[str, Callable[..., dict[str, Tensor]]] = {
 }
 
 
+def any_to_comfy(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """ComfyUI's keys for a kohya state of any network module.
+
+    Plain LoRA has alpha folded in; adapters of other kinds (LoKr, LoHa, …) keep their own parts and alpha.
+    """
+    if not any(suffix in key for key in tensors for suffix in _FOREIGN):
+        return to_comfy(parse(tensors).modules, dtype)
+    table = NameTable.static()
+    state: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        name, _, part = key.partition(".")
+        path = table.resolve(name)
+        if path is None:
+            raise UserError(f"the network's module {name} is no layer of LTX-2 that a ComfyUI file can name")
+        part = part.replace("lora_down.", "lora_A.").replace("lora_up.", "lora_B.")
+        state[f"{comfy_name(path)}.{part}"] = _stored(tensor, dtype or tensor.dtype)
+    return state
+
+
 def comfy_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
     """A ComfyUI file's metadata: a copy, plus the reference factor under the plain keys that pipelines read."""
     copy = dict(metadata)

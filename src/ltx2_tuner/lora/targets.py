@@ -84,6 +84,11 @@ def linear_layers(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.
             yield from linear_layers(child, f"{path}.")
 
 
+def runs_in(group: str, mode: str) -> bool:
+    """True when the layers of a group (a value of GROUPS) run in the mode."""
+    return group in _RUNS[mode]
+
+
 def group_of(path: str) -> str:
     """The group of a block's layer for logs and mode filtering, `other` for anything else."""
     parts = path.split(".")
@@ -150,8 +155,9 @@ def select_layers(model: nn.Module, targets: Targets) -> dict[str, nn.Module]:
     exclude = compile_patterns(targets.exclude, "--network_args exclude_patterns")
     exclude += [re.compile(pattern) for pattern in ALWAYS_EXCLUDED]
     blocks = model.get_submodule(BLOCKS)
-    runs = _RUNS[targets.mode]
-    candidates = {path: layer for path, layer in linear_layers(blocks, f"{BLOCKS}.") if group_of(path) in runs}
+    candidates = {
+        path: layer for path, layer in linear_layers(blocks, f"{BLOCKS}.") if runs_in(group_of(path), targets.mode)
+    }
     chosen = {path: layer for path, layer in candidates.items() if takes(path, include, exclude)}
     if not chosen:
         tails = sorted({path.split(".", 2)[2] for path in candidates})
