@@ -6,15 +6,10 @@ from pathlib import Path
 
 import torch
 
-from ltx2_tuner.models.transformer import (
-    LTXTransformer,
-    Modality,
-    Perturbations,
-    SamplePerturbations,
-    TransformerConfig,
-)
+from ltx2_tuner.checkpoint import Checkpoint, load_transformer
+from ltx2_tuner.models.transformer import LTXTransformer, Modality, Perturbations, SamplePerturbations
 from ltx2_tuner.models.transformer.timestep import sinusoid
-from tests.golden.cases import Case, assert_close, golden, read_config, read_weights
+from tests.golden.cases import Case, assert_close, golden
 
 TOLERANCE = 2e-5
 PLAIN = (
@@ -26,12 +21,7 @@ PLAIN = (
 
 
 def load(path: Path, variant: str = "av", dtype: torch.dtype = torch.float32) -> LTXTransformer:
-    """The transformer of a checkpoint, with the keys of the variant and no others missing."""
-    with torch.device("meta"):
-        model = LTXTransformer(TransformerConfig.from_dict(read_config(path)["transformer"]), variant)
-    weights = read_weights(path, "model.diffusion_model.", dtype)
-    model.load_state_dict({name: weights[name] for name in model.state_dict()}, assign=True)
-    return model.requires_grad_(False).eval()
+    return load_transformer(Checkpoint.open(path), variant, "cpu", dtype, progress=False)
 
 
 def modality(case: Case, stream: str, dtype: torch.dtype | None = None) -> Modality | None:
