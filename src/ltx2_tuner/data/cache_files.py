@@ -259,7 +259,11 @@ def _open(path: Path) -> Iterator[tuple[safe_open, dict[str, str]]]:
     """An open file and its keys by name without dtype suffix."""
     try:
         with safe_open(path, framework="pt") as file:
-            yield file, {split_dtype(key)[0]: key for key in file.keys()}  # noqa: SIM118 (not a mapping)
+            keys = list(file.keys())
+            names = {split_dtype(key)[0]: key for key in keys}
+            if len(names) < len(keys):
+                raise UserError(f"{path}: holds one tensor twice; delete it and run the caching script again")
+            yield file, names
     except FileNotFoundError:
         raise UserError(f"{path}: the cache file is gone; run the caching script again") from None
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:

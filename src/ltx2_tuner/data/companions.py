@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from ltx2_tuner.data.config import Dataset
-from ltx2_tuner.data.sources import AUDIO_EXTENSIONS, IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, Source, directory_files
+from ltx2_tuner.data.sources import (
+    AUDIO_EXTENSIONS,
+    IMAGE_EXTENSIONS,
+    VIDEO_EXTENSIONS,
+    Source,
+    directory_files,
+    source_form,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -108,5 +116,5 @@ class References:
 
 def _explicit_or_found(explicit: Path | None, index: CompanionIndex | None, source: Source) -> Path | None:
     if explicit is not None:
-        return explicit if explicit.exists() else None
+        return explicit if source_form(explicit) and os.path.exists(explicit) else None  # noqa: PTH110
     return index.find(source.stem) if index is not None else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,7 +118,7 @@ def directory_files(directory: Path, extensions: Iterable[str]) -> list[Path]:
 
 def source_form(path: Path) -> str | None:
     """How a file or folder is decoded: image, video, audio or frames; None for other files."""
-    if path.is_dir():
+    if os.path.isdir(path):  # noqa: PTH112 (Path.is_dir raises on names that are too long)
         return "frames"
     return next((kind for kind, known in _EXTENSIONS.items() if path.suffix.lower() in known), None)
 
@@ -186,7 +187,7 @@ def _from_jsonl(dataset: Dataset) -> SourceList:
         path = record.source
         form = source_form(path)
         try:
-            if not path.exists():
+            if not os.path.exists(path):  # noqa: PTH110
                 raise ValueError("no such file")
             if form == "frames" and dataset.kind == "video":
                 if not directory_files(path, IMAGE_EXTENSIONS):
