@@ -15,7 +15,7 @@ from ltx2_tuner.errors import UserError
 from ltx2_tuner.media import audio
 from ltx2_tuner.media.images import read_image
 from ltx2_tuner.media.resize import cover_crop
-from ltx2_tuner.media.video import select_frames
+from ltx2_tuner.media.video import count_frames, select_frames
 
 CRASHED = "the decoder crashed on this file; encode it again or take it out"
 
@@ -28,10 +28,15 @@ class Failed:
 
 
 @dataclass(frozen=True)
+class NoTrack:
+    """The file has no sound stream."""
+
+
+@dataclass(frozen=True)
 class PictureJob:
     """Windows of one source. form: image, video or frames. size: pixels (width, height) to resize and crop to.
 
-    windows: (start, count) in output frames of `rate`.
+    windows: (start, count) in output frames of `rate`. hold_last: repeat the last frame of a source that ends early.
     """
 
     path: Path
@@ -39,6 +44,7 @@ class PictureJob:
     size: tuple[int, int]
     rate: FrameRate
     windows: tuple[tuple[int, int], ...]
+    hold_last: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,8 +70,9 @@ def decode_pictures(job: PictureJob) -> Iterator[tuple[int, np.ndarray] | Failed
     order = sorted(range(len(ends)), key=lambda index: ends[index])
     outputs = sorted({frame for start, count in job.windows for frame in range(start, start + count)})
     held: dict[int, np.ndarray] = {}
+    frames = _frames(job, [job.rate.source_index(output) for output in outputs])
     try:
-        for output, pixels in zip(outputs, _frames(job, [job.rate.source_index(output) for output in outputs])):
+        for output, pixels in zip(outputs, _hold_last(job, frames) if job.hold_last else frames):
             held[output] = pixels
             while order and ends[order[0]] == output + 1:
                 index = order.pop(0)
@@ -82,23 +89,43 @@ def decode_pictures(job: PictureJob) -> Iterator[tuple[int, np.ndarray] | Failed
 
 
 def _frames(job: PictureJob, indices: Sequence[int]) -> Iterator[np.ndarray]:
-    """Resized source frames, uint8 (H, W, 3), one for each index."""
+    """Resized source frames, uint8 (H, W, 3), one for each index while the source lasts."""
     resize = partial(cover_crop, width=job.size[0], height=job.size[1])
     if job.form == "video":
         yield from select_frames(job.path, indices, resize=resize)
         return
-    files = directory_files(job.path, IMAGE_EXTENSIONS) if job.form == "frames" else [job.path]
+    files = _pictures(job)
     for index in indices:
-        if index < len(files):
-            yield resize(read_image(files[index]))
+        if index >= len(files):
+            return
+        yield resize(read_image(files[index]))
 
 
-def decode_sound(job: SoundJob) -> Iterator[tuple[int, np.ndarray, int] | Failed]:
+def _hold_last(job: PictureJob, frames: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    """`frames`, then the last frame of the source for ever."""
+    pixels = None
+    for pixels in frames:
+        yield pixels
+    if pixels is None:  # the window begins after the end
+        last = (count_frames(job.path).frames if job.form == "video" else len(_pictures(job))) - 1
+        pixels = next(_frames(job, [last]))
+    while True:
+        yield pixels
+
+
+def _pictures(job: PictureJob) -> list[Path]:
+    return directory_files(job.path, IMAGE_EXTENSIONS) if job.form == "frames" else [job.path]
+
+
+def decode_sound(job: SoundJob) -> Iterator[tuple[int, np.ndarray, int] | Failed | NoTrack]:
     """Spans as (index into job.spans, float32 (2, S), samples/s), in order; or what went wrong.
 
     S is 0 for a span after the end of the track.
     """
     try:
+        if not audio.has_audio(job.path):
+            yield NoTrack()
+            return
         # The peak of the whole track is needed to scale any part of it.
         whole = job.peak_db is not None or None in job.spans
         end = None if whole else max(span[1] for span in job.spans)

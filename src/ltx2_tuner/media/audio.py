@@ -31,6 +31,18 @@ def has_audio(path: str | os.PathLike) -> bool:
         return bool(container.streams.audio)
 
 
+def stated_seconds(path: str | os.PathLike) -> float:
+    """Length of the file according to its header, in seconds; 0.0 when it does not say.
+
+    Raises:
+        MediaError: missing or damaged.
+    """
+    import av
+
+    with reading(path), av.open(os.fspath(path)) as container:
+        return (container.duration or 0) / 1e6
+
+
 def read_audio(
     path: str | os.PathLike, start_s: float | None = None, end_s: float | None = None
 ) -> tuple[np.ndarray, int]:

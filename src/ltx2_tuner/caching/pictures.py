@@ -1,0 +1,153 @@
+"""The picture pass: windows of clips, stills and references become latent files."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+from tqdm import tqdm
+
+from ltx2_tuner.caching.batching import lay_out
+from ltx2_tuner.caching.decoding import CRASHED, Failed, PictureJob, decode_pictures
+from ltx2_tuner.caching.ledger import Ledger
+from ltx2_tuner.caching.run import Tally
+from ltx2_tuner.caching.workers import Workers
+from ltx2_tuner.data.cache_files import write_latents
+from ltx2_tuner.data.frame_rate import FrameRate
+from ltx2_tuner.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+# Clips, each uint8 (N, H, W, 3), of equal size -> latents (C, F, h, w).
+Encode = Callable[[Sequence[np.ndarray]], list[Tensor]]
+
+
+@dataclass(frozen=True)
+class PictureTarget:
+    """A latent file to be made of `count` output frames of `source` from `start` on.
+
+    key names it in messages. form: image, video or frames. size: pixels (width, height). hold_last: a source that
+    ends early is held on its last frame (references).
+    """
+
+    key: str
+    path: Path
+    metadata: dict[str, str]
+    source: Path
+    form: str
+    size: tuple[int, int]
+    rate: FrameRate
+    start: int
+    count: int
+    hold_last: bool = False
+
+
+def encode_pictures(
+    targets: Sequence[PictureTarget],
+    batch_size: int,
+    *,
+    workers: Workers,
+    ledger: Ledger,
+    load_encoder: Callable[[], Encode],
+    tally: Tally,
+    track: str | None = None,
+) -> set[Path]:
+    """Make the latent files that cannot be kept; failures are counted and the others go on.
+
+    Args:
+        load_encoder: called once something has to be encoded.
+        track: part of the tally that counts (None: the items themselves).
+
+    Returns:
+        Paths of the files that are there and right at the end.
+    """
+    good = {target.path for target in targets if ledger.keeps(target.path, target.metadata)}
+    batches = lay_out(targets, batch_size, key=lambda target: (target.size, target.count))
+    # A batch that misses one file is encoded whole, so that its numbers do not depend on what was there.
+    batches = [batch for batch in batches if any(target.path not in good for target in batch)]
+    for target in targets:
+        if target.path in good:
+            tally.add("skipped (existing)", track=track)
+    if not batches:
+        return good
+    encode = load_encoder()
+    progress = tqdm(total=sum(len(batch) for batch in batches), unit="item", desc=track or "pictures", smoothing=0)
+    with progress:
+        for batch, clips in _complete_batches(batches, targets, workers, tally, track):
+            progress.update(len(batch))
+            good |= _write_batch(batch, clips, good, encode, ledger, tally, track)
+    return good
+
+
+def _write_batch(
+    batch: Sequence[PictureTarget],
+    clips: dict[Path, np.ndarray],
+    good: set[Path],
+    encode: Encode,
+    ledger: Ledger,
+    tally: Tally,
+    track: str | None,
+) -> set[Path]:
+    """Encode what could be decoded of a batch, write what is missing; returns the paths written."""
+    present = [target for target in batch if target.path in clips]
+    written: set[Path] = set()
+    if not present:
+        return written
+    latents = encode([clips[target.path] for target in present])
+    for target, latent in zip(present, latents):
+        if target.path in good:
+            continue
+        try:
+            write_latents(target.path, latent, target.metadata)
+        except UserError as error:
+            tally.fail(target.key, str(error), track)
+            continue
+        ledger.wrote(target.path)
+        tally.add("encoded", track=track)
+        written.add(target.path)
+    return written
+
+
+def _complete_batches(
+    batches: Sequence[Sequence[PictureTarget]],
+    targets: Iterable[PictureTarget],
+    workers: Workers,
+    tally: Tally,
+    track: str | None,
+) -> Iterator[tuple[Sequence[PictureTarget], dict[Path, np.ndarray]]]:
+    """Each batch as soon as its last member is decoded, with the clips (N, H, W, 3) of those that could be."""
+    batch_of = {target.path: number for number, batch in enumerate(batches) for target in batch}
+    waiting = [len(batch) for batch in batches]
+    clips: dict[Path, np.ndarray] = {}
+    for target, clip in _decode([target for target in targets if target.path in batch_of], workers):
+        if isinstance(clip, Failed):
+            tally.fail(target.key, clip.reason, track)
+        else:
+            clips[target.path] = clip
+        number = batch_of[target.path]
+        waiting[number] -= 1
+        if not waiting[number]:
+            batch = batches[number]
+            yield batch, {each.path: clips.pop(each.path) for each in batch if each.path in clips}
+
+
+def _decode(targets: Iterable[PictureTarget], workers: Workers) -> Iterator[tuple[PictureTarget, np.ndarray | Failed]]:
+    """Every target once, with its clip or what went wrong; a source with several windows is decoded once."""
+    jobs: dict[PictureJob, list[PictureTarget]] = {}
+    for _, group in itertools.groupby(targets, lambda each: (each.source, each.size, each.rate, each.hold_last)):
+        members = list(group)
+        first = members[0]
+        windows = tuple((each.start, each.count) for each in members)
+        jobs[PictureJob(first.source, first.form, first.size, first.rate, windows, first.hold_last)] = members
+    for job, piece in workers.stream(decode_pictures, jobs, lambda job: Failed(CRASHED)):
+        if isinstance(piece, Failed):
+            yield from ((target, piece) for target in jobs[job] if target is not None)
+            continue
+        index, clip = piece
+        target, jobs[job][index] = jobs[job][index], None
+        yield target, clip
