@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ltx2_tuner.models import audio_vae
 from ltx2_tuner.models.video_vae import tiling
 
 
@@ -28,7 +29,7 @@ def decode_frames(
     if not pixels.isfinite().all():
         raise ArithmeticError("the decoded frames hold values that are not finite")
     frames = (pixels[0].float() / 2 + 0.5).clamp(0, 1)
-    return (frames * 255).round().to(torch.uint8).permute(1, 2, 3, 0).contiguous().cpu()
+    return (frames * 255).to(torch.uint8).permute(1, 2, 3, 0).contiguous().cpu()
 
 
 @torch.no_grad()
@@ -38,8 +39,7 @@ def decode_waveform(decoder: torch.nn.Module, vocoder: torch.nn.Module, latents:
     The vocoder always runs in float32; bfloat16 degrades its bandwidth extension audibly.
     """
     parameter = next(decoder.parameters())
-    mel = decoder(latents.to(parameter.device, parameter.dtype))
-    waveform = vocoder.float()(mel.float())
+    waveform = audio_vae.decode_waveform(decoder, vocoder, latents.to(parameter.device, parameter.dtype))
     if not waveform.isfinite().all():
         raise ArithmeticError("the decoded sound holds values that are not finite")
     return waveform[0].float().clamp(-1, 1).cpu()
