@@ -247,6 +247,7 @@ def check_inventories(inventories: Sequence[Inventory], mode: str) -> None:
         logger.info("%s", line)
     for inventory in inventories:
         _warn_gaps(inventory)
+        _warn_mixed(inventory)
     empty = [inventory for inventory in inventories if not inventory.items]
     if empty:
         places = "; ".join(f"{inventory.dataset.label} ({inventory.dataset.cache_directory})" for inventory in empty)
@@ -279,6 +280,19 @@ def _warn_gaps(inventory: Inventory) -> None:
             f"{reason} {len(names)} ({_some(names)})" for reason, names in inventory.skipped.items() if reason != "name"
         )
         logger.warning("%s: %d of %d latents are usable: %s", label, counts["usable"], counts["latents"], reasons)
+
+
+def _warn_mixed(inventory: Inventory) -> None:
+    """Batches that mix items with and without sound are legal; the option keeps them apart."""
+    dataset = inventory.dataset
+    kinds: dict[tuple, set[bool]] = {}
+    for item in inventory.items:
+        kinds.setdefault(item.bucket_key, set()).add(item.has_audio)
+    if dataset.batch_size > 1 and any(len(found) > 1 for found in kinds.values()):
+        logger.warning(
+            "%s: batches may mix items with and without sound; separate_audio_buckets = true keeps them apart",
+            dataset.label,
+        )
 
 
 def _check_sound(inventories: Sequence[Inventory], mode: str) -> None:
