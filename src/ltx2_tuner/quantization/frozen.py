@@ -207,7 +207,9 @@ class _FrozenProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, layer: FrozenLinear) -> Tensor:
         ctx.layer = layer
-        return layer.product(x)
+        product = layer.product(x)
+        # F.linear returns a view, which autograd would not let an adapter add to in place.
+        return torch.ops.aten._unsafe_view(product, product.shape)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
