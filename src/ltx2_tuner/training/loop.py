@@ -34,13 +34,15 @@ logger = logging.getLogger(__name__)
 
 
 class BatchSource(Protocol):
-    """Epochs of batches, the same for the same seed (of one process when there are several)."""
+    """Epochs of batches, the same for the same seed (data.batches.EpochLoader)."""
 
-    def epoch(self, number: int, skip: int = 0) -> Iterator[dict]:
-        """Batches of an epoch counted from 1, without the first `skip`, which are not loaded."""
+    def set_epoch(self, epoch: int, skip: int = 0) -> None:
+        """Choose the epoch, from 1, and how many of its batches are left out, unread, at the start."""
 
     def __len__(self) -> int:
-        """Batches in an epoch."""
+        """Batches in an epoch, whatever is skipped."""
+
+    def __iter__(self) -> Iterator[dict]: ...
 
 
 class Sampler(Protocol):
@@ -120,7 +122,8 @@ class Trainer:
         skip = progress.step_in_epoch
         window: list[MicroBatch] = []
         waiting = 0.0
-        batches = self.run.data.epoch(epoch, skip)
+        self.run.data.set_epoch(epoch, skip)
+        batches = iter(self.run.data)
         last_slot = len(self.run.data) - 1
         for slot in range(skip, len(self.run.data)):
             before = time.perf_counter()

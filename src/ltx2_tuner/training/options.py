@@ -87,3 +87,16 @@ class SampleOptions:
     @property
     def wanted(self) -> bool:
         return bool(self.at_first or self.every_steps or self.every_epochs)
+
+
+@dataclass(frozen=True)
+class LogOptions:
+    """Where the numbers of a run go. histogram_interval: steps between histograms of noise levels, 0 is never."""
+
+    directory: Path | None = None
+    trackers: tuple[str, ...] = ()
+    prefix: str = ""
+    name: str = "network_train"
+    tracker_config: Path | None = None
+    wandb_run_name: str | None = None
+    histogram_interval: int = 100

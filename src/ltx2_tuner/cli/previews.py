@@ -1,0 +1,103 @@
+"""Readies the previews of a training run, so that neither Gemma nor the encoder is in memory while it trains."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+from ltx2_tuner.checkpoint import Checkpoint, load_video_encoder
+from ltx2_tuner.cli.arguments_gemma import gemma_options
+from ltx2_tuner.cli.arguments_sampling import sampling_options
+from ltx2_tuner.data.cache_names import SAMPLE_LATENTS_NAME, SAMPLE_PROMPTS_NAME
+from ltx2_tuner.sampling.conditioning import Conditioning, encode_media, read_latent_cache, wants_media
+from ltx2_tuner.sampling.contexts import PromptContext, encode_contexts, read_prompt_cache
+from ltx2_tuner.sampling.options import Request, settle
+from ltx2_tuner.sampling.preview import Previewer, release_memory
+from ltx2_tuner.sampling.prompts import read_prompts
+from ltx2_tuner.sampling.sampler import Sampler
+from ltx2_tuner.training.build import Processes, Sources, TrainingConfig
+
+
+def make_previewer(
+    args: argparse.Namespace, config: TrainingConfig, sources: Sources, processes: Processes
+) -> Previewer:
+    """A previewer whose prompts and conditioning media are encoded.
+
+    Raises:
+        UserError: the prompt file, the caches or Gemma do not fit.
+    """
+    options = sampling_options(args, mode=config.mode, version=sources.version, checkpoint=config.checkpoint)
+    options = dataclasses.replace(options, seed=config.loop.seed)
+    blocks = sources.model.num_layers
+    requests = [
+        settle(index, prompt, options, num_blocks=blocks)
+        for index, prompt in enumerate(read_prompts(args.sample_prompts))
+    ]
+    sampler = Sampler(
+        sources.checkpoint,
+        options,
+        device=processes.device,
+        dtype=config.dtype,
+        vae_dtype=args.vae_dtype,
+        vae_checkpoint=Checkpoint.open(args.vae) if args.vae else None,
+    )
+    return Previewer(
+        sampler,
+        requests,
+        _contexts(args, config, sources, processes, requests),
+        _conditionings(args, config, sources, processes, sampler, requests),
+        output_dir=config.save.output_dir,
+        output_name=config.save.output_name,
+        rank=processes.rank,
+        world_size=processes.count,
+    )
+
+
+def _contexts(
+    args: argparse.Namespace,
+    config: TrainingConfig,
+    sources: Sources,
+    processes: Processes,
+    requests: list[Request],
+) -> list[PromptContext]:
+    if args.use_precached_sample_prompts:
+        path = args.sample_prompts_cache or _cache_directory(config) / SAMPLE_PROMPTS_NAME
+        widths = sources.model.context_width("video"), sources.model.context_width("audio")
+        return read_prompt_cache(path, requests, config.mode, widths)
+    from ltx2_tuner.text_encoding import load_text_encoder
+
+    other = args.ltx2_text_encoder_checkpoint
+    connectors = Checkpoint.open(other) if other else sources.checkpoint
+    encoder = load_text_encoder(
+        gemma_options(args), connectors, config.mode, device=processes.device, dtype=config.dtype
+    )
+    try:
+        return encode_contexts(encoder, requests)
+    finally:
+        encoder.close()
+
+
+def _conditionings(
+    args: argparse.Namespace,
+    config: TrainingConfig,
+    sources: Sources,
+    processes: Processes,
+    sampler: Sampler,
+    requests: list[Request],
+) -> list[Conditioning]:
+    if args.use_precached_sample_latents:
+        path = args.sample_latents_cache or _cache_directory(config) / SAMPLE_LATENTS_NAME
+        return read_latent_cache(path, requests, sampler.options)
+    if not wants_media(requests):
+        return [Conditioning()] * len(requests)
+    source = Checkpoint.open(args.vae) if args.vae else sources.checkpoint
+    encoder = load_video_encoder(source, processes.device, args.vae_dtype)
+    found = encode_media(requests, sampler.options, encoder)
+    del encoder
+    release_memory()
+    return found
+
+
+def _cache_directory(config: TrainingConfig) -> Path:
+    return config.data.datasets[0].cache_directory

@@ -1,0 +1,213 @@
+"""From the parsed flags of ltx2_train_network.py to the typed configuration, with all mistakes found at once."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import random
+from pathlib import Path
+
+import torch
+
+from ltx2_tuner.cli import arguments_memory as memory
+from ltx2_tuner.cli import arguments_network as network
+from ltx2_tuner.cli import arguments_optimizer as optimizer
+from ltx2_tuner.cli import arguments_output as output
+from ltx2_tuner.cli import arguments_training as training
+from ltx2_tuner.cli.arguments_gemma import check_gemma
+from ltx2_tuner.cli.arguments_sampling import check_sampling
+from ltx2_tuner.data.batches import BatchOptions
+from ltx2_tuner.data.config import DatasetConfig, load_dataset_config
+from ltx2_tuner.data.manifest import load_manifest
+from ltx2_tuner.errors import UserError
+from ltx2_tuner.lora.targets import resolve_strategy
+from ltx2_tuner.training.build import TrainingConfig
+from ltx2_tuner.training.metadata import MetadataOptions
+from ltx2_tuner.training.modes import ModeOptions
+from ltx2_tuner.training.options import LoopOptions, SampleOptions
+
+logger = logging.getLogger(__name__)
+
+# Flags of the documented set whose feature this version does not have: said plainly, never silently ignored.
+UNAVAILABLE = (
+    "blank_preservation",
+    "dop",
+    "prior_divergence",
+    "audio_dop",
+    "crepa",
+    "self_flow",
+    "use_precached_preservation",
+    "loftq_init",
+    "awq_calibration",
+    "lycoris_config",
+    "init_lokr_norm",
+    "huggingface_repo_id",
+    "resume_from_huggingface",
+    "save_state_to_huggingface",
+    "async_upload",
+    "sample_two_stage",
+    "audio_ref_use_negative_positions",
+    "audio_ref_mask_cross_attention_to_reference",
+    "audio_ref_mask_reference_from_text_attention",
+)
+
+
+def training_config(args: argparse.Namespace, mixed_precision: str) -> TrainingConfig:
+    """The run's configuration.
+
+    Args:
+        mixed_precision: `no`, `fp16` or `bf16`, as typed or as the launcher says.
+
+    Raises:
+        UserError: every mistake of the flags in one message; or those of the dataset file.
+    """
+    errors = [f"--{name} is not available in this version yet; drop it" for name in UNAVAILABLE if getattr(args, name)]
+    if args.caption_dropout_rate and args.caption_dropout_mode == "empty":
+        errors.append("--caption_dropout_mode empty is not available in this version yet; use zero")
+    errors += training.check_training(args)
+    errors += memory.check_memory(args)
+    errors += output.check_output(args)
+    errors += check_gemma(args)
+    errors += check_sampling(args, args.ltx2_mode)
+    errors += _check_samples(args)
+    errors += optimizer.loop_errors(args, mixed_precision)
+    workers = optimizer.loader_workers(args, errors)
+    optimizer_options = optimizer.optimizer_options(args, errors)
+    scheduler_options = optimizer.scheduler_options(args, errors)
+    network_options = network.network_options(args, args.ltx2_mode, errors)
+    strategy = resolve_strategy(args.ic_lora_strategy, network_options.preset, has_references=True)
+    if strategy == "audio_ref_only_ic":
+        errors.append("--ic_lora_strategy audio_ref_only_ic is not available in this version yet; drop it")
+    if errors:
+        raise UserError("\n  ".join(["these flags need attention:", *errors]) if len(errors) > 1 else errors[0])
+    for note in [*training.training_notes(args), *memory.memory_warnings(args), *output.output_notes(args)]:
+        logger.warning("%s", note)
+    data = load_data(args)
+    strategy = _settle_strategy(args, strategy, data)
+    seed = _seed(args)
+    return TrainingConfig(
+        checkpoint=Path(args.ltx2_checkpoint or args.dit).expanduser(),
+        mode=args.ltx2_mode,
+        data=data,
+        network=network_options,
+        optimizer=optimizer_options,
+        scheduler=scheduler_options,
+        loop=LoopOptions(
+            seed=seed,
+            max_steps=args.max_train_steps,
+            max_epochs=args.max_train_epochs,
+            accumulation=args.gradient_accumulation_steps,
+            max_grad_norm=args.max_grad_norm,
+            scale_weight_norms=args.scale_weight_norms,
+            nan_check=args.nan_check,
+        ),
+        save=output.save_options(args),
+        strategy=strategy,
+        version=args.ltx_version,
+        version_check=args.ltx_version_check_mode,
+        cache_check=args.cache_check_mode,
+        audio_only_model=args.ltx2_audio_only_model,
+        dtype=args.dit_dtype,
+        mixed_precision=mixed_precision,
+        adapter_dtype=torch.float16 if args.full_fp16 else torch.bfloat16 if args.full_bf16 else torch.float32,
+        weights=memory.weight_format(args),
+        quantize_device=_quantize_device(args),
+        memory=memory.memory_options(args),
+        compilation=memory.compile_options(args),
+        batches=BatchOptions(
+            references=strategy == "v2v",
+            reference_audio=False,
+            timestep_buckets=0 if args.preserve_distribution_shape else args.num_timestep_buckets or 0,
+            audio_quota=args.min_audio_batches_per_accum,
+            accumulation=args.gradient_accumulation_steps,
+            audio_probability=args.audio_batch_probability,
+        ),
+        workers=workers,
+        persistent_workers=args.persistent_data_loader_workers,
+        modes=ModeOptions(
+            video_weight=args.video_loss_weight,
+            audio_weight=args.audio_loss_weight,
+            independent_audio=args.independent_audio_timestep,
+            sequence_resolution=args.audio_only_sequence_resolution,
+            silence_regularizer=args.audio_silence_regularizer,
+            silence_weight=args.audio_silence_regularizer_weight,
+            reference=strategy == "v2v",
+            reference_downscale=args.reference_downscale,
+        ),
+        draws=training.draw_options(args, "auto"),
+        loss=training.loss_options(args),
+        validation=output.validation_options(args),
+        samples=SampleOptions(args.sample_at_first, args.sample_every_n_steps, args.sample_every_n_epochs),
+        logs=output.log_options(args),
+        metadata=MetadataOptions(args.training_comment, args.no_metadata, output.modelspec(args)),
+        resume=Path(args.resume).expanduser() if args.resume else None,
+        autoresume=args.autoresume,
+    )
+
+
+def load_data(args: argparse.Namespace) -> DatasetConfig:
+    """The dataset file or manifest; only caches are needed."""
+    typed = {
+        "separate_audio_buckets": args.separate_audio_buckets or None,
+        "audio_bucket_strategy": args.audio_bucket_strategy,
+        "audio_bucket_interval": args.audio_bucket_interval,
+    }
+    typed = {name: value for name, value in typed.items() if value is not None}
+    if args.dataset_manifest:
+        return load_manifest(args.dataset_manifest, args.ltx2_mode, typed=typed)
+    return load_dataset_config(
+        args.dataset_config,
+        args.ltx2_mode,
+        purpose="training",
+        typed=typed,
+        reference_downscale=args.reference_downscale,
+    )
+
+
+def _check_samples(args: argparse.Namespace) -> list[str]:
+    if not args.sample_prompts:
+        return []
+    errors = []
+    if not Path(args.sample_prompts).is_file():
+        errors.append(f"--sample_prompts {args.sample_prompts}: there is no such file")
+    if not (args.gemma_root or args.gemma_safetensors or args.use_precached_sample_prompts):
+        errors.append(
+            "samples need --gemma_root, --gemma_safetensors or --use_precached_sample_prompts to know their prompts"
+        )
+    if not (args.sample_at_first or args.sample_every_n_steps or args.sample_every_n_epochs):
+        errors.append("--sample_prompts needs --sample_every_n_steps, --sample_every_n_epochs or --sample_at_first")
+    return errors
+
+
+def _settle_strategy(args: argparse.Namespace, strategy: str, data: DatasetConfig) -> str:
+    has_references = any(dataset.reference_cache_directory is not None for dataset in data.datasets)
+    if strategy == "v2v" and not has_references:
+        if args.ic_lora_strategy == "v2v":
+            raise UserError(
+                f"{data.path}: --ic_lora_strategy v2v needs reference_directory and reference_cache_directory in a "
+                "dataset; add them and cache the references"
+            )
+        logger.info("preset v2v without reference caches: trained as plain video")
+        return "none"
+    if strategy == "none" and has_references:
+        logger.warning("the datasets have references, which are ignored without --ic_lora_strategy v2v")
+    return strategy
+
+
+def _seed(args: argparse.Namespace) -> int:
+    if args.seed is not None:
+        return args.seed
+    seed = random.SystemRandom().randrange(2**31)
+    logger.info("--seed is not given: %d", seed)
+    return seed
+
+
+def _quantize_device(args: argparse.Namespace) -> str | None:
+    """Where weights are quantised: the flag, else the environment, else where they will live."""
+    variable = "LTX2_FP8_CALC_DEVICE" if args.fp8_base else "LTX2_NF4_CALC_DEVICE"
+    chosen = args.quantize_device or os.environ.get(variable)
+    chosen = {"gpu": "cuda"}.get(chosen, chosen)
+    if chosen == "cuda" and not torch.cuda.is_available():
+        raise UserError("--quantize_device cuda: this torch sees no CUDA device; use --quantize_device cpu")
+    return chosen

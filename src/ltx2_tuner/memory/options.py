@@ -1,0 +1,38 @@
+"""What the command line says about memory and compilation. None: not typed, so the planner may choose."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class MemoryOptions:
+    """What trades memory for time.
+
+    budget_gb: None is what is free. blocks_to_swap: blocks that live in host memory. split_mode: `batch` or `query`.
+    """
+
+    budget_gb: float | None = None
+    blocks_to_swap: int | None = None
+    pinned: bool | None = None
+    ring_size: int = 2
+    checkpointing: bool | None = None
+    checkpoint_offload: bool = False
+    ffn_chunk_target: str = "none"
+    ffn_chunk_size: int = 0
+    split_attention: str = "none"
+    split_mode: str | None = None
+    split_chunk: int = 0
+    attention: str = "sdpa"
+
+
+@dataclass(frozen=True)
+class CompileOptions:
+    """torch.compile per block. enabled None: on for CUDA where it works."""
+
+    enabled: bool | None = None
+    backend: str = "inductor"
+    mode: str = "default"
+    dynamic: bool | None = None
+    fullgraph: bool = False
+    cache_size_limit: int | None = None

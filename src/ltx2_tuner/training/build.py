@@ -1,0 +1,354 @@
+"""Sets a training run up from its configuration: checks first, then data, then weights, then the loop's parts."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from ltx2_tuner.checkpoint import Checkpoint, check_version, component_id, load_transformer
+from ltx2_tuner.data.batches import BatchOptions, TrainingData, ValidationData
+from ltx2_tuner.data.config import DatasetConfig
+from ltx2_tuner.data.fingerprints import ExpectedCaches, check_caches
+from ltx2_tuner.errors import UserError
+from ltx2_tuner.lora.options import NetworkOptions
+from ltx2_tuner.memory.options import CompileOptions, MemoryOptions
+from ltx2_tuner.memory.prepare import prepare_model
+from ltx2_tuner.models.transformer import LTXTransformer, TransformerConfig
+from ltx2_tuner.quantization.formats import WeightFormat
+from ltx2_tuner.training.balance import AudioBalancer
+from ltx2_tuner.training.base_weights import merge_base_weights
+from ltx2_tuner.training.guard import NonFiniteGuard
+from ltx2_tuner.training.logs import Trackers
+from ltx2_tuner.training.loop import Run, Sampler, Trainer
+from ltx2_tuner.training.metadata import MetadataOptions, RunMetadata, training_facts
+from ltx2_tuner.training.modes import AudioMode, AVMode, Compute, Mode, ModeOptions, VideoMode
+from ltx2_tuner.training.network import make_network, parameter_groups, trained_parameters
+from ltx2_tuner.training.optimizers import OptimizerOptions, create_optimizer, describe_optimizer, scheduler_warnings
+from ltx2_tuner.training.options import (
+    DrawOptions,
+    LogOptions,
+    LoopOptions,
+    LossOptions,
+    SampleOptions,
+    SaveOptions,
+    ValidationOptions,
+)
+from ltx2_tuner.training.saver import RunSaver
+from ltx2_tuner.training.schedulers import SchedulerOptions, create_scheduler
+from ltx2_tuner.training.silence import find_silence
+from ltx2_tuner.training.state import newest_state
+from ltx2_tuner.training.supervision import AudioMonitor
+from ltx2_tuner.training.validation import Validator
+from ltx2_tuner.training.window import Gradients, mean_over_ranks
+
+logger = logging.getLogger(__name__)
+_GIB = 2**30
+_FP8_NEEDS = 48 * _GIB  # device memory below which an fp8 file must not be widened to bf16
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Where this process runs. wait: all processes meet there."""
+
+    device: torch.device
+    rank: int = 0
+    count: int = 1
+    wait: Callable[[], None] = lambda: None
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Everything a run is told, as the command line parsed it.
+
+    draws.sampler.mode `auto` follows the checkpoint's version. mixed_precision: `no`, `fp16` or `bf16`.
+    """
+
+    checkpoint: Path
+    mode: str
+    data: DatasetConfig
+    network: NetworkOptions
+    optimizer: OptimizerOptions
+    scheduler: SchedulerOptions
+    loop: LoopOptions
+    save: SaveOptions
+    strategy: str = "none"
+    version: str | None = None
+    version_check: str = "warn"
+    cache_check: str = "error"
+    audio_only_model: bool = False
+    dtype: torch.dtype = torch.bfloat16
+    mixed_precision: str = "no"
+    adapter_dtype: torch.dtype = torch.float32
+    weights: WeightFormat = field(default_factory=WeightFormat)
+    quantize_device: str | None = None
+    memory: MemoryOptions = field(default_factory=MemoryOptions)
+    compilation: CompileOptions = field(default_factory=CompileOptions)
+    batches: BatchOptions = field(default_factory=BatchOptions)
+    workers: int = 0
+    persistent_workers: bool = False
+    modes: ModeOptions = field(default_factory=ModeOptions)
+    draws: DrawOptions = field(default_factory=DrawOptions)
+    loss: LossOptions = field(default_factory=LossOptions)
+    validation: ValidationOptions = field(default_factory=ValidationOptions)
+    samples: SampleOptions = field(default_factory=SampleOptions)
+    logs: LogOptions = field(default_factory=LogOptions)
+    metadata: MetadataOptions = field(default_factory=MetadataOptions)
+    resume: Path | None = None
+    autoresume: bool = False
+
+
+@dataclass
+class Sources:
+    """What is known before any weight is read: the checkpoint's header and the caches."""
+
+    checkpoint: Checkpoint
+    version: str
+    model: TransformerConfig
+    training: TrainingData
+    validation: ValidationData | None
+
+
+def open_sources(config: TrainingConfig, processes: Processes) -> Sources:
+    """Open the checkpoint's header and the caches, and check that they fit each other.
+
+    Raises:
+        UserError: what does not fit, and the command or flag that mends it.
+    """
+    checkpoint = Checkpoint.open(config.checkpoint)
+    version = check_version(checkpoint, config.version, config.version_check)
+    logger.info("%s is an LTX-%s checkpoint", checkpoint.path.name, checkpoint.version)
+    _check_weights(checkpoint, config, processes.device)
+    try:
+        model = TransformerConfig.from_dict(checkpoint.config.get("transformer", {}))
+    except ValueError as error:
+        raise UserError(f"{checkpoint.path}: {error}; give an LTX-2 or LTX-2.3 file") from error
+    swapped = config.memory.blocks_to_swap or 0
+    if swapped > model.num_layers - 1:
+        raise UserError(
+            f"blocks_to_swap must be at most {model.num_layers - 1} (the model has {model.num_layers} blocks), "
+            f"got {swapped}"
+        )
+    training = TrainingData(config.data, config.loop.seed, config.batches)
+    validation = ValidationData(config.data, config.batches) if config.validation.wanted else None
+    if config.data.validation and validation is None:
+        logger.info("validation datasets are not used without --validate_every_n_steps or _epochs")
+    inventories = [*training.inventories, *(validation.inventories if validation else [])]
+    check_caches(inventories, _expected(checkpoint, model, config), config.cache_check)
+    return Sources(checkpoint, version, model, training, validation)
+
+
+def _check_weights(checkpoint: Checkpoint, config: TrainingConfig, device: torch.device) -> None:
+    kind = config.weights.kind
+    if checkpoint.is_nf4 and kind != "nf4":
+        raise UserError(f"{checkpoint.path} is quantised to NF4; add --nf4_base")
+    if checkpoint.is_fp8 and kind == "fp8" and config.weights.fp8_scales != "none":
+        raise UserError(f"{checkpoint.path} is an fp8 file already; remove --fp8_scaled")
+    if checkpoint.is_fp8 and kind == "dense":
+        message = f"{checkpoint.path} is an fp8 file and would be widened to {config.dtype}; add --fp8_base"
+        if device.type == "cuda" and torch.cuda.get_device_properties(device).total_memory < _FP8_NEEDS:
+            raise UserError(message)
+        logger.warning(message)
+    if kind == "fp8" and config.weights.fp8_scales == "none" and not checkpoint.is_fp8:
+        logger.warning("--fp8_base without --fp8_scaled casts the weights plainly; --fp8_scaled is about 2 dB better")
+    if checkpoint.is_nf4 and checkpoint.nf4_block_size != config.weights.nf4_block_size:
+        logger.info("the file's NF4 block size %d is used", checkpoint.nf4_block_size)
+
+
+def _expected(checkpoint: Checkpoint, model: TransformerConfig, config: TrainingConfig) -> ExpectedCaches:
+    mode = config.mode
+    return ExpectedCaches(
+        mode=mode,
+        video_encoder=component_id(checkpoint, "video_encoder") if mode != "audio" else None,
+        audio_encoder=component_id(checkpoint, "audio_encoder") if mode != "video" else None,
+        text=component_id(checkpoint, "text"),
+        video_width=model.context_width("video") if mode != "audio" else None,
+        audio_width=model.context_width("audio") if mode != "video" else None,
+        latent_channels=model.in_channels,
+        reference_downscale=config.modes.reference_downscale if config.modes.reference else None,
+    )
+
+
+def build(
+    config: TrainingConfig,
+    processes: Processes,
+    sources: Sources,
+    trackers: Trackers,
+    sampler: Sampler | None = None,
+) -> Trainer:
+    """Load the weights and make the trainer, resumed where the configuration asks for it.
+
+    Args:
+        sampler: makes previews; its prompts are encoded already, so that Gemma and the transformer never meet.
+    """
+    device = processes.device
+    model = _load_model(config, sources, device)
+    quantised = config.weights.kind != "dense"
+    network = make_network(config.network, model, config.mode, config.loop.seed, quantised=quantised)
+    network.to(device, config.adapter_dtype)
+    logger.info("%s", prepare_model(model, config.memory, config.compilation, device))
+    groups, group_names = parameter_groups(network, config.optimizer)
+    optimizer = create_optimizer(config.optimizer, groups)
+    for warning in scheduler_warnings(optimizer, config.scheduler.name, config.optimizer.max_grad_norm):
+        logger.warning("%s", warning)
+    data = sources.training.loader(
+        rank=processes.rank,
+        world_size=processes.count,
+        workers=config.workers,
+        persistent_workers=config.persistent_workers,
+        pin_memory=device.type == "cuda",
+    )
+    loop = _settle_length(config.loop, len(data))
+    scheduler = create_scheduler(optimizer, config.scheduler, loop.max_steps, config.optimizer.learning_rate)
+    draws = settle_draws(config.draws, sources.version)
+    mode = _make_mode(config, sources, device)
+    validator = None
+    if sources.validation is not None:
+        items = _Share(sources.validation, processes)
+        validator = Validator(model, mode, items, draws.sampler, loop.seed, device)
+    parameters, names = trained_parameters(network, optimizer)
+    run = Run(
+        device=device,
+        rank=processes.rank,
+        autocast=_autocast(device, config.mixed_precision),
+        model=model,
+        network=network,
+        mode=mode,
+        data=data,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        gradients=Gradients(parameters, names, config.optimizer.max_grad_norm),
+        group_names=group_names,
+        loop=loop,
+        draws=draws,
+        loss=config.loss,
+        balancer=AudioBalancer(config.loss.balance, device, mean_over_ranks),
+        monitor=AudioMonitor(config.loss.supervision) if config.mode == "av" else None,
+        guard=NonFiniteGuard(config.loop.nan_check),
+        saver=_make_saver(config, sources, describe_optimizer(optimizer, config.optimizer), processes, loop, len(data)),
+        log=trackers.log,
+        validation=config.validation,
+        validator=validator,
+        samples=config.samples,
+        sampler=sampler,
+        scaler=torch.amp.GradScaler(device.type) if config.mixed_precision == "fp16" else None,
+    )
+    trainer = Trainer(run)
+    _resume(config, trainer)
+    return trainer
+
+
+def _load_model(config: TrainingConfig, sources: Sources, device: torch.device) -> LTXTransformer:
+    """The frozen transformer; only the parts that the mode runs, where that is possible."""
+    variant = {"video": "video", "av": "av", "audio": "audio" if config.audio_only_model else "av"}[config.mode]
+    return load_transformer(
+        sources.checkpoint,
+        variant,
+        device,
+        config.dtype,
+        weights=config.weights,
+        quantize_device=config.quantize_device,
+        transform=merge_base_weights(config.network.base_weights) if config.network.base_weights else None,
+    )
+
+
+def settle_draws(draws: DrawOptions, version: str) -> DrawOptions:
+    """The sampler's mode `auto` becomes that of the checkpoint's version."""
+    if draws.sampler.mode != "auto":
+        return draws
+    mode = "legacy" if version == "2.0" else "stretched"
+    return replace(draws, sampler=replace(draws.sampler, mode=mode))
+
+
+def _settle_length(loop: LoopOptions, batches: int) -> LoopOptions:
+    """max_epochs becomes max_steps. `batches` is what one process sees in an epoch."""
+    if loop.max_epochs is None:
+        return loop
+    return replace(loop, max_steps=loop.max_epochs * math.ceil(batches / loop.accumulation))
+
+
+def _make_mode(config: TrainingConfig, sources: Sources, device: torch.device) -> Mode:
+    compute = Compute(device, config.dtype)
+    if config.mode == "video":
+        return VideoMode(config.modes, compute)
+    options = replace(config.modes, audio_width=sources.model.audio_in_channels)
+    if config.mode == "audio":
+        return AudioMode(options, compute)
+    silence = None
+    if options.silence_regularizer:
+        silence = find_silence(sources.training.inventories[0].dataset.cache_directory, options.audio_width)
+    return AVMode(options, compute, silence)
+
+
+def _autocast(device: torch.device, mixed_precision: str) -> Callable[[], contextlib.AbstractContextManager]:
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(mixed_precision)
+    if dtype is None:
+        return contextlib.nullcontext
+    return lambda: torch.autocast(device.type, dtype)
+
+
+@dataclass(frozen=True)
+class _Share:
+    """The validation items of one process, iterable again and again."""
+
+    data: ValidationData
+    processes: Processes
+
+    def __iter__(self) -> Iterator[dict]:
+        for index in range(self.processes.rank, len(self.data), self.processes.count):
+            yield self.data[index]
+
+
+def _make_saver(
+    config: TrainingConfig,
+    sources: Sources,
+    optimizer: str,
+    processes: Processes,
+    loop: LoopOptions,
+    batches: int,
+) -> RunSaver:
+    draws = settle_draws(config.draws, sources.version)
+    facts = training_facts(config, sources, draws, optimizer, loop, batches)
+    low, high = round(draws.sampler.minimum * 1000), round(draws.sampler.maximum * 1000)
+    metadata = RunMetadata(
+        config.metadata,
+        facts,
+        output_name=config.save.output_name,
+        timestep_range=(low, high) if (low, high) != (0, 1000) else None,
+    )
+    network = config.network
+    fingerprint = {
+        "network_module": network.module,
+        "rank": network.dim,
+        "alpha": network.alpha,
+        "targets": network.args.get("include_patterns", network.preset),
+        "mode": config.mode,
+        "strategy": config.strategy,
+        "ltx_version": sources.version,
+        "base": config.weights.kind,
+        "seed": loop.seed,
+        "max_train_steps": loop.max_steps,
+        "learning_rate": config.optimizer.learning_rate,
+        "gradient_accumulation_steps": loop.accumulation,
+        "optimizer": config.optimizer.type,
+    }
+    return RunSaver(config.save, metadata.at, fingerprint, is_main=processes.is_main, wait=processes.wait)
+
+
+def _resume(config: TrainingConfig, trainer: Trainer) -> None:
+    folder = config.resume
+    if folder is None and config.autoresume:
+        folder = newest_state(config.save.output_dir, config.save.output_name)
+        if folder is None:
+            logger.info("--autoresume: no state of %s yet, starting from scratch", config.save.output_name)
+    if folder is not None:
+        trainer.run.saver.resume(folder, trainer)

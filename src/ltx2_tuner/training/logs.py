@@ -1,0 +1,93 @@
+"""TensorBoard and wandb: one place that numbers are handed to."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import tomllib
+from collections.abc import Mapping, Sequence
+
+from ltx2_tuner.errors import UserError
+from ltx2_tuner.training.options import LogOptions
+
+logger = logging.getLogger(__name__)
+
+
+class Trackers:
+    """Writes scalars and histograms to every tracker of the options; does nothing in processes but the first.
+
+    config: flags to store with the run, without keys and paths. wandb_key: logs in for this process only.
+
+    Raises:
+        UserError: a tracker's package is missing.
+    """
+
+    def __init__(
+        self,
+        options: LogOptions,
+        *,
+        is_main: bool,
+        config: Mapping[str, object] | None = None,
+        wandb_key: str | None = None,
+    ) -> None:
+        self._board = self._wandb = None
+        wanted = options.trackers if is_main else ()
+        if "tensorboard" in wanted:
+            self._board = _open_board(options)
+            if config:
+                rows = "\n".join(f"| {key} | {value} |" for key, value in config.items())
+                self._board.add_text("config", f"| flag | value |\n|---|---|\n{rows}")
+        if "wandb" in wanted:
+            self._wandb = _open_wandb(options, config, wandb_key)
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Write scalars under their names."""
+        if self._board is not None:
+            for name, value in metrics.items():
+                self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(dict(metrics), step=step)
+
+    def histogram(self, name: str, values: Sequence[float], step: int) -> None:
+        """Write a distribution."""
+        import torch
+
+        if self._board is not None:
+            self._board.add_histogram(name, torch.tensor(values), step)
+        if self._wandb is not None:
+            import wandb
+
+            self._wandb.log({name: wandb.Histogram(list(values))}, step=step)
+
+    def close(self) -> None:
+        if self._board is not None:
+            self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _open_board(options: LogOptions):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError("--logging_dir needs TensorBoard: pip install tensorboard") from error
+    folder = options.directory / f"{options.prefix}{time.strftime('%Y%m%d%H%M%S')}" / options.name
+    logger.info("TensorBoard logs go to %s", folder)
+    return SummaryWriter(str(folder))
+
+
+def _open_wandb(options: LogOptions, config: Mapping[str, object] | None, key: str | None):
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError("--log_with wandb needs its package: pip install wandb") from error
+    if key:
+        wandb.login(key=key)
+    settings = {}
+    if options.tracker_config is not None:
+        settings = tomllib.loads(options.tracker_config.read_text(encoding="utf-8")).get("wandb", {})
+    folder = None if options.directory is None else os.fspath(options.directory)
+    return wandb.init(
+        project=options.name, name=options.wandb_run_name, dir=folder, config=dict(config or {}), **settings
+    )
