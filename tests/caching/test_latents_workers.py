@@ -1,0 +1,81 @@
+"""Decode workers: order, bounds, crashes, and no process left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from ltx2_tuner.caching.batching import lay_out
+from ltx2_tuner.caching.workers import Workers
+
+
+def double(value: int) -> int:
+    return 2 * value
+
+
+def pieces(value: int):
+    yield from range(value)
+    if value == 3:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+
+
+def broken(value: int) -> int:
+    raise KeyError("a bug, not a bad file")
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_results_keep_the_order_of_the_jobs(count):
+    with Workers(count) as workers:
+        assert list(workers.imap(double, range(7), crashed=lambda job: -1)) == [0, 2, 4, 6, 8, 10, 12]
+        found = list(workers.stream(pieces, [2, 0, 1, 4], crashed=lambda job: -1))
+    assert found == [(2, 0), (2, 1), (1, 0), (4, 0), (4, 1), (4, 2), (4, 3)]
+
+
+def test_a_crash_fails_its_own_job_and_a_bug_is_shown():
+    with Workers(1) as workers:
+        found = list(workers.stream(pieces, [1, 3, 2], crashed=lambda job: -1))
+        assert found == [(1, 0), (3, 0), (3, 1), (3, 2), (3, -1), (2, 0), (2, 1)]
+        with pytest.raises(RuntimeError, match="a bug, not a bad file"):
+            list(workers.imap(broken, [1], crashed=lambda job: -1))
+        # A reader that stops early leaves nothing in the pipes.
+        assert next(workers.stream(pieces, [2, 2], crashed=lambda job: -1)) == (2, 0)
+        assert list(workers.imap(double, [4], crashed=lambda job: -1)) == [8]
+
+
+def test_workers_end_with_a_killed_main_process(tmp_path):
+    script = tmp_path / "main.py"
+    script.write_text(
+        textwrap.dedent("""
+            import sys, time
+            from ltx2_tuner.caching.workers import Workers
+            if __name__ == "__main__":
+                workers = Workers(1)
+                list(workers.imap(abs, [-1], crashed=abs))
+                print(workers._running[0].process.pid, flush=True)
+                time.sleep(60)
+            """)
+    )
+    source = Path(__file__).parents[2] / "src"
+    process = subprocess.Popen(
+        [sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(source)}
+    )
+    worker = psutil.Process(int(process.stdout.readline()))
+    process.kill()
+    process.communicate()
+    worker.wait(timeout=10)
+    assert not worker.is_running()
+
+
+def test_batches_hold_equal_items_in_order_of_completion():
+    items = ["a1", "b1", "a2", "a3", "b2", "c1"]
+    assert lay_out(items, 2, key=lambda item: item[0]) == [("a1", "a2"), ("b1", "b2"), ("a3",), ("c1",)]
+    assert lay_out([], 2, key=len) == []
