@@ -166,6 +166,11 @@ def to_diffusers(modules: Mapping[str, LoRAMatrices], dtype: torch.dtype | None 
     return _folded(modules, diffusers_name, dtype)
 
 
+RENAMERS: dict[str, Callable[[str], str]] = {
+    "original": kohya_name,
+    "comfy": comfy_name,
+    "diffusers": diffusers_name,
+}
 WRITERS: dict[str, Callable[..., dict[str, Tensor]]] = {
     "original": to_original,
     "comfy": to_comfy,

@@ -1,0 +1,11 @@
+"""Merge LoRA files into one."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
+
+from ltx2_tuner.cli.ltx2_merge_lora import main
+
+if __name__ == "__main__":
+    sys.exit(main())
