@@ -10,18 +10,20 @@ from ltx2_tuner.checkpoint.checkpoint import Checkpoint
 from ltx2_tuner.checkpoint.safetensors_file import SafetensorsFile, TensorEntry
 
 SAMPLE_BYTES = 4096
-FINGERPRINTED = ("video_encoder", "audio_encoder", "text")
+_STATISTICS = ("per_channel_statistics.std-of-means", "per_channel_statistics.mean-of-means")
 
 
 def component_id(checkpoint: Checkpoint, component: str) -> str:
-    """16 hex digits that name the weights of "video_encoder", "audio_encoder" or "text".
+    """16 hex digits that name the weights of a component: "video_encoder", "audio_encoder", "text", "transformer"...
 
     Hashed are name, dtype, shape and the first and last 4096 bytes of every tensor of the component, so files that
     differ elsewhere (a quantised transformer) share the id.
     """
-    if component not in FINGERPRINTED:
-        raise ValueError(f"component is {component!r}; known are {', '.join(FINGERPRINTED)}")
-    names = checkpoint.component(component)
+    names = {
+        key: name
+        for key, name in checkpoint.component(component).items()
+        if not key.startswith("per_channel_statistics.") or key in _STATISTICS  # files hold more, which nothing reads
+    }
     entries = {key: checkpoint.entry(name) for key, name in names.items()}
     return fingerprint(entries, lambda key, start, length: checkpoint.read_range(names[key], start, length))
 

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from ltx2_tuner.checkpoint.checkpoint import FP8_DTYPES, Checkpoint
@@ -58,34 +58,50 @@ def load_transformer(
     Raises:
         UserError: tensors are missing, of other shapes or of unknown kinds.
     """
-    config = _config(checkpoint)
-    with on_meta():
-        model = LTXTransformer(config, variant)
-    names = checked_shapes(checkpoint, "transformer", model, _stored_shape(checkpoint))
-    if variant == "av":
-        _check_unexpected(checkpoint, names)
-    loader = _Loader(checkpoint, device, dtype, weights or WeightFormat(), quantize_device, transform)
-    loader.column_scales = column_scales or {}
-    loader.quantise_nf4 = quantise_nf4
-    order = sorted(names, key=lambda key: checkpoint.entry(names[key]).start)
-    total = sum(checkpoint.entry(name).nbytes for name in names.values())
+    reader = TransformerReader(
+        checkpoint, variant, device, dtype, weights or WeightFormat(), quantize_device, transform
+    )
+    reader.column_scales = column_scales or {}
+    reader.quantise_nf4 = quantise_nf4
+    total = sum(reader.nbytes(key) for key in reader.keys)
     with tqdm(total=total, desc="transformer", unit="B", unit_scale=True, disable=not progress) as bar:
-        for key in order:
-            loader.load(model, key, names)
-            bar.update(checkpoint.entry(names[key]).nbytes)
-    return model.requires_grad_(False).eval()
+        for key in reader.keys:
+            reader.load(key)
+            bar.update(reader.nbytes(key))
+    return reader.model.requires_grad_(False).eval()
 
 
-class _Loader:
+class TransformerReader:
+    """A transformer without memory and what fills it, parameter by parameter.
+
+    Attributes:
+        model: the module, on meta until `load`.
+        keys: its parameter names in the order of the file.
+        column_scales, quantise_nf4: as in `load_transformer`.
+    """
+
     def __init__(
         self,
         checkpoint: Checkpoint,
+        variant: str,
         placement: Placement,
         dtype: torch.dtype,
         form: WeightFormat,
-        quantize_device: str | torch.device | None,
-        transform: Transform | None,
+        quantize_device: str | torch.device | None = None,
+        transform: Transform | None = None,
     ) -> None:
+        config = _config(checkpoint)
+        with on_meta():
+            self.model = LTXTransformer(config, variant)
+        self.names = checked_shapes(checkpoint, "transformer", self.model, _stored_shape(checkpoint))
+        if variant == "av":
+            _check_unexpected(checkpoint, self.names)
+        self.keys = sorted(self.names, key=lambda key: checkpoint.entry(self.names[key]).start)
+        self.targets = {  # paths of the block matrices
+            key.removesuffix(".weight")
+            for key, tensor in self.model.state_dict().items()
+            if is_quantisable(key, tensor.shape)
+        }
         self.checkpoint = checkpoint
         self.place = placement if callable(placement) else lambda _name: torch.device(placement)
         self.dtype = dtype
@@ -96,18 +112,18 @@ class _Loader:
         self.quantise_nf4: Nf4Quantiser | None = None
         self._warned = False
 
-    def load(self, model: nn.Module, key: str, names: Mapping[str, str]) -> None:
-        """Read the tensor `key` of the model; a block matrix brings its bias and scales and becomes a frozen layer."""
-        path, _, leaf = key.rpartition(".")
-        if is_quantisable(key, self._dense_shape(model, path, leaf)):
-            parent = model.get_submodule(path.rpartition(".")[0])
-            setattr(parent, path.rpartition(".")[2], self._frozen(path, names))
-        elif not (leaf == "bias" and is_quantisable(f"{path}.weight", (0, 0)) and f"{path}.weight" in names):
-            assign(model, key, self._plain(key, names[key]))
+    def nbytes(self, key: str) -> int:
+        """Bytes of a parameter in the file."""
+        return self.checkpoint.entry(self.names[key]).nbytes
 
-    def _dense_shape(self, model: nn.Module, path: str, leaf: str) -> tuple[int, ...]:
-        layer = model.get_submodule(path)
-        return tuple(getattr(layer, leaf).shape)
+    def load(self, key: str) -> None:
+        """Read one parameter. The weight of a block matrix brings bias and scale and becomes a frozen layer."""
+        path, _, leaf = key.rpartition(".")
+        if path not in self.targets:
+            assign(self.model, key, self._plain(key, self.names[key]))
+        elif leaf == "weight":
+            parent, _, name = path.rpartition(".")
+            setattr(self.model.get_submodule(parent), name, self._frozen(path))
 
     def _plain(self, key: str, name: str) -> Tensor:
         stored = self.checkpoint.entry(name).dtype
@@ -115,15 +131,15 @@ class _Loader:
             tensor = self._dequantised(name, self.place(key))
         else:
             tensor = self.checkpoint.read(name, self.place(key))
-        if self.transform is not None and tensor.dim() == 2 and key.endswith(".weight"):
-            tensor = self.transform(key, tensor)
+        if tensor.dim() == 2 and key.endswith(".weight"):
+            tensor = self._transformed(key, tensor)
         keep = key.endswith("scale_shift_table") or "scale_shift_table_" in key
         return tensor if keep and tensor.dtype == torch.float32 else tensor.to(self.dtype)
 
-    def _frozen(self, path: str, names: Mapping[str, str]) -> FrozenLinear:
-        key, name = f"{path}.weight", names[f"{path}.weight"]
+    def _frozen(self, path: str) -> FrozenLinear:
+        key, name = f"{path}.weight", self.names[f"{path}.weight"]
         home = self.place(key)
-        bias_name = names.get(f"{path}.bias")
+        bias_name = self.names.get(f"{path}.bias")
         bias = None if bias_name is None else self.checkpoint.read(bias_name, home, self.dtype)
         stored = self.checkpoint.entry(name).dtype
         if self.checkpoint.is_nf4 and stored == torch.uint8:
@@ -132,32 +148,37 @@ class _Loader:
         if stored in FP8_DTYPES:
             layer = self._from_fp8(key, name, bias, home, work)
         else:
-            weight = self.checkpoint.read(name, work)
-            layer = self._freeze(key, weight if self.transform is None else self.transform(key, weight), bias)
+            # What an fp8 file keeps in bf16 (its first and last blocks) is kept so.
+            form = WeightFormat() if self.checkpoint.is_fp8 and self.form.kind == "fp8" else self.form
+            layer = self._freeze(key, self._transformed(key, self.checkpoint.read(name, work)), bias, form)
         return layer.to(home)
 
     def _from_fp8(
         self, key: str, name: str, bias: Tensor | None, home: torch.device, work: torch.device
     ) -> FrozenLinear:
-        if self.form.kind == "fp8" and self.transform is None:
-            codes, scale = self.checkpoint.read(name, home), self._scale(name, home)
-            return stored_fp8(codes, scale, bias, self.form, self.dtype)
-        dense = self._dequantised(name, work)
-        changed = dense if self.transform is None else self.transform(key, dense)
+        dense = changed = None
+        if self.form.kind != "fp8" or self.transform is not None:
+            dense = self._dequantised(name, work)
+            changed = self._transformed(key, dense)
         if self.form.kind == "fp8" and changed is dense:
             return stored_fp8(self.checkpoint.read(name, home), self._scale(name, home), bias, self.form, self.dtype)
         if self.form.kind == "fp8" and not self._warned:
             logger.warning("%s is fp8: merged weights are quantised a second time", self.checkpoint.path)
             self._warned = True
-        return self._freeze(key, changed, bias)
+        return self._freeze(key, changed, bias, self.form)
 
-    def _freeze(self, key: str, weight: Tensor, bias: Tensor | None) -> FrozenLinear:
+    def _transformed(self, key: str, weight: Tensor) -> Tensor:
+        """The weight itself when nothing is merged into it, else the merged one in its dtype."""
+        changed = weight if self.transform is None else self.transform(key, weight)
+        return changed.to(weight.dtype)
+
+    def _freeze(self, key: str, weight: Tensor, bias: Tensor | None, form: WeightFormat) -> FrozenLinear:
         column_scale = self.column_scales.get(key)
         return freeze(
             key,
             weight,
             bias,
-            self.form,
+            form,
             self.dtype,
             column_scale=None if column_scale is None else column_scale.to(weight.device),
             quantise_nf4=self.quantise_nf4,
@@ -169,16 +190,25 @@ class _Loader:
                 f"{self.checkpoint.path}: is already nf4, nothing can be merged into it; "
                 "give the original checkpoint with --base_weights"
             )
-        scale = self.checkpoint.read(f"{name.removesuffix('.weight')}.scale_weight", home)
-        return Nf4Linear(Nf4Tensor(self.checkpoint.read(name, home), scale), bias, self.dtype)
+        return Nf4Linear(Nf4Tensor(self.checkpoint.read(name, home), self._scale(name, home)), bias, self.dtype)
 
     def _scale(self, name: str, device: torch.device) -> Tensor | None:
-        """The scale of an fp8 weight under either name in circulation; None for a plain cast."""
+        """The scale of a weight under either name in circulation; None for a plain cast to fp8."""
         base = name.removesuffix(".weight")
         found = next(
-            (f"{base}{end}" for end in (".weight_scale", ".scale_weight") if f"{base}{end}" in self.checkpoint), None
+            (name for name in (f"{base}.weight_scale", f"{base}.scale_weight") if name in self.checkpoint), None
         )
-        return None if found is None else self.checkpoint.read(found, device)
+        if found is None:
+            return None
+        shape = self.checkpoint.entry(found).shape
+        rows, columns = self.checkpoint.entry(name).shape
+        per_block = len(shape) == 3 and shape[::2] == (rows, 1) and shape[1] > 0 and columns % shape[1] == 0
+        if shape not in ((), (1,), (rows, 1)) and not per_block:
+            raise UserError(
+                f"{self.checkpoint.path}: {found} has the shape {list(shape)}, which is no scale of a "
+                f"{rows} x {columns} matrix; give a bf16 checkpoint, or copy the file again"
+            )
+        return self.checkpoint.read(found, device)
 
     def _dequantised(self, name: str, device: torch.device) -> Tensor:
         return fp8.dequantise(self.checkpoint.read(name, device), self._scale(name, device), self.dtype)

@@ -39,8 +39,8 @@ class WeightFormat:
         nf4.check_block_size(self.nf4_block_size)
 
 
-# (name of the weight, weight) -> its nf4 form; LoftQ puts itself here.
-Nf4Quantiser = Callable[[str, Tensor], nf4.Nf4Tensor]
+# (name of the weight, weight, column scale) -> its nf4 form; LoftQ puts itself here.
+Nf4Quantiser = Callable[[str, Tensor, Tensor | None], nf4.Nf4Tensor]
 
 
 def freeze(
@@ -67,8 +67,11 @@ def freeze(
         return stored_fp8(codes, scale, bias, form, dtype)
     if form.kind == "nf4":
         if weight.shape[1] % form.nf4_block_size == 0:
-            scaled = weight if column_scale is None else (weight.float() * column_scale).to(weight.dtype)
-            quantised = quantise_nf4(name, scaled) if quantise_nf4 else nf4.quantise(scaled, form.nf4_block_size)
+            if quantise_nf4 is not None:
+                quantised = quantise_nf4(name, weight, column_scale)
+            else:
+                scaled = weight if column_scale is None else weight.float() * column_scale
+                quantised = nf4.quantise(scaled, form.nf4_block_size, weight.dtype)
             return Nf4Linear(quantised, bias, dtype, column_scale)
         logger.warning(
             "%s keeps its precision: its %d inputs are no multiple of %d", name, weight.shape[1], form.nf4_block_size

@@ -56,14 +56,17 @@ def check_block_size(block_size: int) -> None:
         raise ValueError(f"nf4_block_size must be 16, 32, 64, 128 or a higher power of two, not {block_size}")
 
 
-def quantise(weight: Tensor, block_size: int = 32) -> Nf4Tensor:
-    """Quantise (out, in), `in` a multiple of `block_size`, on the device where it lives; scales get its dtype."""
+def quantise(weight: Tensor, block_size: int = 32, scale_dtype: torch.dtype | None = None) -> Nf4Tensor:
+    """Quantise (out, in), `in` a multiple of `block_size`, on the device where it lives.
+
+    Scales are kept in `scale_dtype`, by default that of the weight.
+    """
     rows, columns = weight.shape
     blocks = weight.float().reshape(rows, columns // block_size, block_size)
     scale = blocks.abs().amax(-1, keepdim=True).clamp_(min=MIN_SCALE)
     codes = torch.bucketize(blocks / scale, _midpoints(weight.device), out_int32=True)
     codes = codes.to(torch.uint8).reshape(rows, columns // 2, 2)
-    return Nf4Tensor((codes[..., 0] << 4) | codes[..., 1], scale.to(weight.dtype))
+    return Nf4Tensor((codes[..., 0] << 4) | codes[..., 1], scale.to(scale_dtype or weight.dtype))
 
 
 def dequantise(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,11 @@
+"""Quantise a checkpoint to nf4."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
+
+from ltx2_tuner.cli.ltx2_quantize_model import main
+
+if __name__ == "__main__":
+    sys.exit(main())
