@@ -162,8 +162,7 @@ def test_merging_into_fp8_files_quantises_again_and_says_so(tmp_path, caplog):
     def merge(name: str, weight: torch.Tensor) -> torch.Tensor:
         return weight * 2 if name == f"{QUERY}.weight" else weight
 
-    plain = load(checkpoint, weights=WeightFormat("fp8"))
-    merged = load(checkpoint, weights=WeightFormat("fp8"), transform=merge)
+    plain, merged = load(checkpoint, weights=FP8), load(checkpoint, weights=FP8, transform=merge)
     before, after = plain.get_submodule(QUERY), merged.get_submodule(QUERY)
     assert (after.weight - 2 * before.weight).norm() < 0.05 * after.weight.norm()
     assert after.scale.dim() == 3 and caplog.text.count("a second time") == 1

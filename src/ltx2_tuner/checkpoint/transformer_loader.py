@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -165,7 +166,10 @@ class TransformerReader:
         if self.form.kind == "fp8" and not self._warned:
             logger.warning("%s is fp8: merged weights are quantised a second time", self.checkpoint.path)
             self._warned = True
-        return self._freeze(key, changed, bias, self.form)
+        form = self.form
+        if form.fp8_scales == "none":  # as a file with scales is asked for; without them small values would be lost
+            form = replace(form, fp8_scales="row" if form.fp8_compute else "block")
+        return self._freeze(key, changed, bias, form)
 
     def _transformed(self, key: str, weight: Tensor) -> Tensor:
         """The weight itself when nothing is merged into it, else the merged one in its dtype."""
