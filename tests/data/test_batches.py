@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ltx2_tuner.data import cache_files, cache_names
-from ltx2_tuner.data.batches import BatchOptions, TrainingData, ValidationData, item_seed
+from ltx2_tuner.data.batches import BatchOptions, TrainingData, ValidationData
 from ltx2_tuner.errors import UserError
 from tests.data.caches import (
     config_for,
@@ -279,14 +279,16 @@ def test_validation_needs_datasets_and_items(tmp_path):
         ValidationData(config)
 
 
-def test_item_seeds_are_fixed_and_differ():
-    assert item_seed("a_00000-017", 42) == item_seed("a_00000-017", 42)
-    assert item_seed("a_00000-017", 42) != item_seed("b_00000-017", 42)
-    assert item_seed("", 42) == 42
-
-
 def test_text_of_another_stem_is_not_taken(tmp_path):
     write_video_item(tmp_path / "cache", "a", text=False)
     write_text_item(tmp_path / "cache", "a_00000-017")
     with pytest.raises(UserError, match="no usable items"):
         TrainingData(video_config(tmp_path), seed=0)
+
+
+def test_the_share_of_sound_is_told(tmp_path, caplog):
+    caplog.set_level("INFO")
+    config = many(tmp_path, 10, "av", "", sound=lambda number: 2 if number < 2 else None)
+    TrainingData(config, seed=0)
+    assert "sound is trained in 2 of 10 batches of an epoch (20 %)" in caplog.text
+    assert "num_repeats times 2 on the datasets with sound gives 33 %" in caplog.text

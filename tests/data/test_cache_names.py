@@ -17,10 +17,6 @@ def test_the_documented_examples():
         cache_names.latent_name(cache_names.video_key("clip", 0, 33), 768, 512)
         == "clip_00000-033_0768x0512_ltx2.safetensors"
     )
-    assert (
-        cache_names.audio_name(cache_names.video_key("clip", 17, 17), 768, 512)
-        == "clip_00017-017_0768x0512_ltx2_audio.safetensors"
-    )
     assert cache_names.text_name("clip") == "clip_ltx2_te.safetensors"
 
 
@@ -60,7 +56,6 @@ def test_siblings_of_a_latent():
     assert cache_names.audio_path(latent).name == "a_0001x0002_ltx2_audio.safetensors"
     assert cache_names.dino_path(latent).name == "a_0001x0002_ltx2_dino.safetensors"
     assert cache_names.simple_audio_path(latent, "a").name == "a_ltx2_audio.safetensors"
-    assert cache_names.latent_of_audio(cache_names.audio_path(latent)) == latent
 
 
 def test_a_lone_text_suffix_is_no_text_file():

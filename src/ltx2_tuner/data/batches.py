@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import os
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -14,6 +16,10 @@ from ltx2_tuner.data.collate import Batch, load_batch
 from ltx2_tuner.data.config import DatasetConfig
 from ltx2_tuner.data.inventory import CachedItem, Inventory, check_inventories, take_inventory
 from ltx2_tuner.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_ENOUGH_AUDIO = 0.3  # share of batches with sound below which voices are learned slowly
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,14 @@ class BatchOptions:
     video_width: int | None = None
 
 
+class _Planned(NamedTuple):
+    """One batch of an epoch: number of its dataset, numbers of its items there, stratified draws."""
+
+    group: int
+    items: tuple[int, ...]
+    timesteps: list[float] | None
+
+
 class TrainingData(Dataset):
     """The batches of all training datasets.
 
@@ -52,10 +66,12 @@ class TrainingData(Dataset):
         self.inventories = take_inventories(config.datasets, config.mode, self.options)
         check_inventories(self.inventories, config.mode)
         self._groups = [(inventory.dataset, tuple(inventory.items)) for inventory in self.inventories]
-        self._plan: tuple[int, list[tuple[int, tuple[int, ...], list[float] | None]]] | None = None
+        self._plan: tuple[int, list[_Planned]] | None = None
         self._count = len(self._batches(0))
-        wants_audio = self.options.audio_quota > 0 or self.options.audio_probability is not None
-        if wants_audio and not any(self.has_audio(0, number) for number in range(len(self))):
+        heard = sum(self.has_audio(0, number) for number in range(len(self)))
+        if config.mode == "av":
+            _tell_audio_share(heard, len(self))
+        if not heard and (self.options.audio_quota > 0 or self.options.audio_probability is not None):
             raise UserError(
                 "--min_audio_batches_per_accum and --audio_batch_probability need clips with sound, but no cached item "
                 "has any; run ltx2_cache_latents.py --ltx2_mode av"
@@ -74,24 +90,24 @@ class TrainingData(Dataset):
         """All items, each once."""
         return [item for _, items in self._groups for item in items]
 
-    def _batches(self, epoch: int) -> list[tuple[int, tuple[int, ...], list[float] | None]]:
-        """(dataset number, item numbers, timesteps) of every batch of an epoch, dataset by dataset."""
+    def _batches(self, epoch: int) -> list[_Planned]:
+        """Every batch of an epoch, dataset by dataset."""
         if self._plan is None or self._plan[0] != epoch:
-            plan: list[tuple[int, tuple[int, ...], list[float] | None]] = []
+            plan: list[_Planned] = []
             for group, (dataset, items) in enumerate(self._groups):
                 batches = order.epoch_batches(items, dataset.batch_size, dataset.num_repeats, self.seed, epoch)
                 draws: Sequence[list[float] | None] = [None] * len(batches)
                 if self.options.timestep_buckets >= 2:
                     sizes = [len(batch) for batch in batches]
                     draws = order.timestep_pool(sizes, self.options.timestep_buckets, self.seed, epoch)
-                plan += [(group, batch, draw) for batch, draw in zip(batches, draws)]
+                plan += [_Planned(group, batch, draw) for batch, draw in zip(batches, draws)]
             self._plan = (epoch, plan)
         return self._plan[1]
 
     def batch_items(self, epoch: int, number: int) -> list[CachedItem]:
         """The items of a batch."""
-        group, numbers, _ = self._batches(epoch)[number]
-        return [self._groups[group][1][item] for item in numbers]
+        planned = self._batches(epoch)[number]
+        return [self._groups[planned.group][1][item] for item in planned.items]
 
     def has_audio(self, epoch: int, number: int) -> bool:
         """Whether any item of a batch has sound."""
@@ -110,11 +126,11 @@ class TrainingData(Dataset):
     def __getitem__(self, position: tuple[int, int]) -> Batch:
         """The batch at (epoch, number)."""
         epoch, number = position
-        group, _, timesteps = self._batches(epoch)[number]
+        planned = self._batches(epoch)[number]
         return load_batch(
-            self._groups[group][0],
+            self._groups[planned.group][0],
             self.batch_items(epoch, number),
-            timesteps=timesteps,
+            timesteps=planned.timesteps,
             dino=self.options.dino,
             video_width=self.options.video_width,
         )
@@ -226,9 +242,17 @@ class ValidationData(Dataset):
         return (self[number] for number in range(len(self)))
 
 
-def item_seed(item_key: str, seed: int) -> int:
-    """Seed of an item's fixed validation noise, so that losses compare from step to step."""
-    return zlib.crc32(item_key.encode("utf-8")) ^ seed
+def _tell_audio_share(heard: int, batches: int) -> None:
+    """How much of an epoch trains sound, and what raises it when it is little."""
+    share = heard / batches
+    logger.info("sound is trained in %d of %d batches of an epoch (%.0f %%)", heard, batches, 100 * share)
+    if 0 < share < _ENOUGH_AUDIO:
+        factor = math.ceil(_ENOUGH_AUDIO * (batches - heard) / ((1 - _ENOUGH_AUDIO) * heard))
+        logger.warning(
+            "sound learns slowly with so few batches; num_repeats times %d on the datasets with sound gives %.0f %%",
+            factor,
+            100 * factor * heard / (factor * heard + batches - heard),
+        )
 
 
 def take_inventories(datasets: Sequence, mode: str, options: BatchOptions) -> list[Inventory]:

@@ -189,6 +189,8 @@ def read_latents(path: Path) -> LatentCache:
         virtual = None
         if all(name in names for name in _VIRTUAL):
             virtual = tuple(int(file.get_tensor(names[name])) for name in _VIRTUAL)
+            if min(virtual) < 1:
+                raise UserError(f"{path}: virtual geometry {virtual} makes no sense; run ltx2_cache_latents.py again")
         return LatentCache(file.get_tensor(key), virtual, file.metadata() or {})
 
 

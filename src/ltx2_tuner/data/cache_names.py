@@ -51,16 +51,6 @@ def latent_name(key: str, width: int, height: int) -> str:
     return f"{key}_{width:04d}x{height:04d}{LATENT_SUFFIX}"
 
 
-def audio_name(key: str, width: int, height: int) -> str:
-    """File name of an item's sound latent."""
-    return f"{key}_{width:04d}x{height:04d}{AUDIO_SUFFIX}"
-
-
-def dino_name(key: str, width: int, height: int) -> str:
-    """File name of an item's DINO features."""
-    return f"{key}_{width:04d}x{height:04d}{DINO_SUFFIX}"
-
-
 def text_name(stem: str) -> str:
     """File name of the text embeddings, one per source file."""
     return f"{stem}{TEXT_SUFFIX}"
@@ -79,11 +69,6 @@ def dino_path(latent: Path) -> Path:
 def simple_audio_path(latent: Path, stem: str) -> Path:
     """Where the simplified layout of the user guide keeps a sound latent (read only, never written)."""
     return latent.with_name(f"{stem}{AUDIO_SUFFIX}")
-
-
-def latent_of_audio(audio: Path) -> Path:
-    """The latent file beside a sound latent."""
-    return audio.with_name(audio.name.removesuffix(AUDIO_SUFFIX) + LATENT_SUFFIX)
 
 
 def parse_latent_name(name: str, *, video: bool) -> CacheName | None:

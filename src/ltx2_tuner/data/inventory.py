@@ -11,7 +11,7 @@ from pathlib import Path
 from ltx2_tuner.data import cache_names
 from ltx2_tuner.data.buckets import STEP, Size
 from ltx2_tuner.data.cache_files import CacheHeader, read_header
-from ltx2_tuner.data.cache_names import AUDIO_SUFFIX, LATENT_SUFFIX, TEXT_SUFFIX, CacheName
+from ltx2_tuner.data.cache_names import AUDIO_SUFFIX, LATENT_SUFFIX, CacheName
 from ltx2_tuner.data.config import Dataset
 from ltx2_tuner.errors import UserError
 
@@ -97,7 +97,8 @@ def take_inventory(dataset: Dataset, mode: str, *, references: bool = True, refe
             continue
         _add_item(found, latent, name, header, audio, references, reference_audio)
     stems = {name.stem for _, name in parsed}
-    lonely = sum(name.endswith(TEXT_SUFFIX) and name.removesuffix(TEXT_SUFFIX) not in stems for name in names)
+    texts = (cache_names.parse_text_name(name) for name in names)
+    lonely = sum(stem is not None and stem not in stems for stem in texts)
     if lonely:
         logger.info("%s: %d text caches have no latent", dataset.label, lonely)
     return found
@@ -186,7 +187,6 @@ def _add_item(
         found.without_sound.append(name.key)
     audio_steps = found.headers[audio].shape[1] if audio else None
     reference_shape = found.headers[reference].shape if reference else None
-    frames = name.frames or int(float(header.metadata.get("frame_count") or 1))
     found.items.append(
         CachedItem(
             key=name.key,
@@ -197,7 +197,7 @@ def _add_item(
             dino_path=dino,
             reference_path=reference,
             reference_audio_path=sound_reference,
-            frames=frames,
+            frames=name.frames or _frame_count(header),
             size=(name.width, name.height),
             latent_shape=header.shape,
             audio_steps=audio_steps,
@@ -205,6 +205,12 @@ def _add_item(
         )
     )
     counts["usable"] += 1
+
+
+def _frame_count(header: CacheHeader) -> int:
+    """Pixel frames by the metadata; 1 when it does not say."""
+    count = header.metadata.get("frame_count", "")
+    return int(count) if count.isascii() and count.isdigit() else 1
 
 
 def bucket_key(

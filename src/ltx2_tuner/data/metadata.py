@@ -113,24 +113,13 @@ def latent_metadata(item: Item, *, component_id: str, preprocess: Mapping[str, o
 
 
 def audio_metadata(
-    item: Item, *, seconds: float, component_id: str, preprocess: Mapping[str, object]
+    item: Item, *, component_id: str, preprocess: Mapping[str, object], seconds: float | None = None
 ) -> dict[str, str]:
-    """Metadata of an item's sound latent file; `seconds` is the length of the waveform that was encoded."""
-    return {
-        "duration_seconds": str(seconds),
+    """Metadata of an item's sound latent file; `seconds` is the length of the waveform, where it is known already."""
+    length = {} if seconds is None else {"duration_seconds": str(seconds)}
+    return length | {
         "target_fps": str(item.rate.target),
         "component_id": component_id,
         "preprocess": canonical_json(preprocess),
         **source_metadata(item.sound or item.source.path, item.audio_path.parent),
-    }
-
-
-def text_metadata(caption: str, *, mode: str, version: str, component_id: str, gemma_id: str) -> dict[str, str]:
-    """Metadata of a text file."""
-    return {
-        "caption1": caption,
-        "ltx_mode": mode,
-        "ltx_version": version,
-        "component_id": component_id,
-        "gemma_id": gemma_id,
     }
