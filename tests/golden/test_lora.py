@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ltx2_tuner.checkpoint import Checkpoint, load_transformer
 from ltx2_tuner.lora import LoRAMatrices, LoRANetwork, load_lora, save_comfy, save_original, table_of
 from ltx2_tuner.lora.formats import LoRAFile
 from tests.golden.cases import Case, assert_close, golden
@@ -23,9 +24,14 @@ def adapters_of(case: Case) -> LoRAFile:
 
 
 @golden("transformer_*/lora_grad*")
+@pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_outputs_losses_and_gradients(case: Case, checkpointing: bool) -> None:
-    model = load(case.checkpoint)
+def test_outputs_losses_and_gradients(case: Case, checkpointing: bool, frozen: bool) -> None:
+    """On torch's own linear layers and on the frozen ones that training uses."""
+    if frozen:
+        model = load_transformer(Checkpoint.open(case.checkpoint), "av", "cpu", torch.float32, progress=False)
+    else:
+        model = load(case.checkpoint)
     model.enable_gradient_checkpointing(checkpointing)
     network = LoRANetwork.from_file(model, adapters_of(case)).attach(model)
     streams = {stream: modality(case, stream) for stream in ("video", "audio")}

@@ -8,11 +8,15 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ltx2_tuner.lora import LoRAAdapter, LoRALinear
+from ltx2_tuner.quantization.formats import WeightFormat, freeze
+from ltx2_tuner.quantization.frozen import DenseLinear
 
 
-def make(rank=3, alpha=6.0, dtype=torch.float32, **dropouts) -> LoRALinear:
+def make(rank=3, alpha=6.0, dtype=torch.float32, frozen=True, **dropouts) -> LoRALinear:
     torch.manual_seed(0)
     base = nn.Linear(10, 7).to(dtype).requires_grad_(False)
+    if frozen:
+        base = DenseLinear(base.weight.data, base.bias.data)
     adapter = LoRAAdapter(10, 7, rank, alpha, **dropouts)
     nn.init.normal_(adapter.lora_down.weight)
     nn.init.normal_(adapter.lora_up.weight)
@@ -25,9 +29,10 @@ def reference(layer: LoRALinear, x: torch.Tensor) -> torch.Tensor:
     return x @ layer.base.weight.T + layer.base.bias + adapter.multiplier * adapter.alpha_value / adapter.rank * low
 
 
+@pytest.mark.parametrize("frozen", [True, False])
 @pytest.mark.parametrize("shape", [(10,), (5, 10), (2, 4, 10)])
-def test_values_and_gradients_follow_the_formula(shape):
-    layer = make()
+def test_values_and_gradients_follow_the_formula(shape, frozen):
+    layer = make(frozen=frozen)
     layer.adapter.multiplier = -0.7
     x, again = (torch.randn(shape, generator=torch.Generator().manual_seed(1)).requires_grad_() for _ in range(2))
     weights = torch.randn(7, generator=torch.Generator().manual_seed(2))
@@ -134,8 +139,9 @@ def test_no_dropout_outside_training():
     torch.testing.assert_close(layer(x), reference(layer, x), rtol=1e-5, atol=1e-5)
 
 
-def test_recomputation_sees_the_same_masks():
-    layer = make(rank=6, dropout=0.3, rank_dropout=0.3, module_dropout=0.1)
+@pytest.mark.parametrize("frozen", [True, False])
+def test_recomputation_sees_the_same_masks(frozen):
+    layer = make(frozen=frozen, rank=6, dropout=0.3, rank_dropout=0.3, module_dropout=0.1)
     x = torch.randn(3, 5, 10).requires_grad_()
 
     def gradients(function):
@@ -148,6 +154,48 @@ def test_recomputation_sees_the_same_masks():
     plain = gradients(layer)
     for got, wanted in zip(gradients(lambda x: checkpoint(layer, x, use_reentrant=False)), plain):
         assert torch.equal(got, wanted)
+
+
+def test_dropout_gradients_of_one_node_are_those_of_plain_operations():
+    gradients = []
+    for frozen in (True, False):
+        layer = make(frozen=frozen, rank=6, dropout=0.3, rank_dropout=0.3)
+        torch.manual_seed(5)
+        x = torch.randn(3, 5, 10).requires_grad_()
+        layer(x).square().sum().backward()
+        gradients.append([x.grad, *(p.grad for p in layer.adapter.parameters())])
+    for got, wanted in zip(*gradients):
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["fp8", "nf4"])
+def test_quantised_bases(kind):
+    base = freeze(
+        "transformer_blocks.0.ff.net.2.weight", torch.randn(64, 64), torch.randn(64), WeightFormat(kind), torch.float32
+    )
+    adapter = LoRAAdapter(64, 64, 3)
+    nn.init.normal_(adapter.lora_up.weight)
+    nn.init.normal_(adapter.lora_down.weight)
+    x = torch.randn(5, 64).requires_grad_()
+    out = LoRALinear(base, adapter)(x)
+    expected = base(x) + x @ adapter.delta().T
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-4)
+    got, wanted = (torch.autograd.grad(y.square().sum(), x)[0] for y in (out, expected))
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-2)
+
+
+def test_compiled_layers_give_the_same():
+    layer = make(rank=4)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    results = []
+    for function in (layer, compiled):
+        x = torch.randn(4, 10, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        layer.zero_grad()
+        out = function(x)
+        out.square().sum().backward()
+        results.append([out.detach(), x.grad, *(p.grad.clone() for p in layer.adapter.parameters())])
+    for got, wanted in zip(*results):
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-4)
 
 
 def test_an_adapter_on_an_adapted_layer_adds_up():

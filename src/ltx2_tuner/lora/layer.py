@@ -2,10 +2,11 @@
 
     y = base(x) + multiplier · (alpha / r) · up(down(x))
 
-The base may be any linear layer (bf16, fp8, nf4, another LoRALinear): its output is what the adapter adds to, and its
-own backward gives its own input gradient. The adapter keeps its matrices in float32 and multiplies in the compute
-dtype: that of autocast, or the dtype set with `compute_dtype`, or else the dtype of its parameters. For the backward
-pass it keeps x itself (the tensor the base got, not a float32 copy) and the r columns of down(x).
+The base may be any linear layer (bf16, fp8, nf4, another LoRALinear): the adapter adds to its output. The adapter keeps
+its matrices in float32 and multiplies in the compute dtype: the one set with `compute_dtype`, else that of autocast,
+else that of its parameters. On a frozen layer of `quantization` both halves are one node of the graph, which keeps x
+itself for backward and adds the adapter's part of the input gradient into the base's; compiled code gets plain
+operations instead, which the compiler fuses as it sees fit.
 
 Legend: B batch, T tokens, r rank.
 """
@@ -13,47 +14,50 @@ Legend: B batch, T tokens, r rank.
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ltx2_tuner.quantization.frozen import FrozenLinear
 
-class _AddLowRank(torch.autograd.Function):
-    """base_out + scale · ((x downᵀ) · mask) upᵀ, added to `base_out` in place.
 
-    A linear layer's backward does not read its own output, so overwriting it saves one copy of the activation.
+class _AdaptedProduct(torch.autograd.Function):
+    """base(x) + scale · ((x downᵀ) · mask) upᵀ as one node.
+
+    Kept for backward: x itself and the r columns of the hidden product, no float32 copies and no base output. The
+    base's product and input gradient come from the layer, as do its tensors at the time of backward (block streaming).
     """
 
     @staticmethod
-    def forward(ctx, base_out: Tensor, x: Tensor, down: Tensor, up: Tensor, scale: float, mask: Tensor | None):
+    def forward(ctx, x: Tensor, down: Tensor, up: Tensor, layer: FrozenLinear, scale: float, mask: Tensor | None):
         hidden = F.linear(x, down.to(x.dtype))  # (..., r)
         if mask is not None:
             hidden = hidden * mask
-        rows = base_out.view(-1, base_out.shape[-1])
+        out = layer.product(x)
+        rows = out.view(-1, out.shape[-1])
         rows.addmm_(hidden.reshape(-1, hidden.shape[-1]), up.to(x.dtype).t(), alpha=scale)
         ctx.save_for_backward(x, hidden, down, up, mask)
-        ctx.scale = scale
-        ctx.mark_dirty(base_out)
-        return base_out
+        ctx.layer, ctx.scale = layer, scale
+        return torch.ops.aten._unsafe_view(out, out.shape)  # no view, so that whoever comes next may write into it
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         x, hidden, down, up, mask = ctx.saved_tensors
         rows = grad.reshape(-1, grad.shape[-1])  # (N, out)
-        grad_hidden = (rows @ up.to(grad.dtype)).mul_(ctx.scale).view(hidden.shape)
-        grad_up = None
-        if ctx.needs_input_grad[3]:
-            grad_up = (rows.t() @ hidden.reshape(-1, hidden.shape[-1])).mul_(ctx.scale).to(up.dtype)
+        hidden_rows = hidden.reshape(-1, hidden.shape[-1])  # (N, r)
+        grad_hidden = (rows @ up.to(grad.dtype)).mul_(ctx.scale)
+        grad_up = (rows.t() @ hidden_rows).mul_(ctx.scale).to(up.dtype) if ctx.needs_input_grad[2] else None
         if mask is not None:
-            grad_hidden = grad_hidden * mask
-        grad_down = grad_x = None
-        if ctx.needs_input_grad[2]:
-            flat = grad_hidden.reshape(-1, grad_hidden.shape[-1])
-            grad_down = (flat.t() @ x.reshape(-1, x.shape[-1])).to(down.dtype)
+            grad_hidden = (grad_hidden.view(hidden.shape) * mask).view(hidden_rows.shape)
+        grad_x = grad_down = None
         if ctx.needs_input_grad[1]:
-            grad_x = grad_hidden @ down.to(grad.dtype)
-        return grad if ctx.needs_input_grad[0] else None, grad_x, grad_down, grad_up, None, None
+            grad_down = (grad_hidden.t() @ x.reshape(-1, x.shape[-1])).to(down.dtype)
+        if ctx.needs_input_grad[0]:
+            grad_x = ctx.layer.input_gradient(grad)
+            grad_x.view(-1, grad_x.shape[-1]).addmm_(grad_hidden, down.to(grad.dtype))
+        return grad_x, grad_down, grad_up, None, None, None
 
 
 class _Matrix(nn.Module):
@@ -127,30 +131,30 @@ class LoRAAdapter(nn.Module):
         """(alpha / r) · up · down in float32, (out, in)."""
         return self.scale * (self.lora_up.weight.float() @ self.lora_down.weight.float())
 
-    def forward(self, x: Tensor, base_out: Tensor) -> Tensor:
-        """Add the adapter of x (..., in) to `base_out` (..., out), which may be overwritten."""
+    @property
+    def is_active(self) -> bool:
+        """False while switched off or of strength 0."""
+        return self.enabled and self.multiplier != 0.0
+
+    def forward(self, x: Tensor, base: nn.Module) -> Tensor:
+        """base(x) plus the adapter of x: (..., in) -> (..., out)."""
+        if not self.is_active:
+            return base(x)
         scale = self.multiplier * self.scale
-        if not self.enabled or scale == 0.0:
-            return base_out
         down, up = self.lora_down.weight, self.lora_up.weight
-        dtype = self._dtype(x)
-        with torch.autocast(x.device.type, enabled=False):
+        autocast = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
+        dtype = self.compute_dtype or autocast or down.dtype
+        fused = isinstance(base, FrozenLinear) and dtype == (autocast or x.dtype)
+        if fused and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             x = x.to(dtype)
-            mask = self._mask(x)
-            fast = base_out.dtype == dtype and base_out.is_contiguous() and not torch.compiler.is_compiling()
-            if fast and torch.is_grad_enabled():
-                return _AddLowRank.apply(base_out, x, down, up, scale, mask)
-            hidden = F.linear(x, down.to(dtype))
+            return _AdaptedProduct.apply(x, down, up, base, scale, self._mask(x))
+        out = base(x)
+        with torch.autocast(x.device.type, enabled=False) if autocast not in (None, dtype) else nullcontext():
+            x = x.to(dtype)
+            hidden, mask = F.linear(x, down.to(dtype)), self._mask(x)
             if mask is not None:
                 hidden = hidden * mask
-            return (base_out + F.linear(hidden * scale, up.to(dtype))).to(base_out.dtype)
-
-    def _dtype(self, x: Tensor) -> torch.dtype:
-        if self.compute_dtype is not None:
-            return self.compute_dtype
-        if torch.is_autocast_enabled(x.device.type):
-            return torch.get_autocast_dtype(x.device.type)
-        return self.lora_down.weight.dtype
+            return (out + F.linear(hidden * scale, up.to(dtype))).to(out.dtype)
 
     def _mask(self, x: Tensor) -> Tensor | None:
         """The product of the three dropouts' masks, broadcastable to down(x), or None when none is drawn."""
@@ -188,4 +192,4 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        return self.adapter(x, self.base(x))
+        return self.adapter(x, self.base)
