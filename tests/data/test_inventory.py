@@ -148,9 +148,11 @@ def audio_config(tmp_path, extra=""):
 def test_sound_datasets(tmp_path):
     write_audio_item(tmp_path / "cache", "a", 60, frames=33)
     cache_files.write_latents(tmp_path / "cache" / cache_names.latent_name("b", 960, 544), filled(4, 1, 1, 1), {})
+    cache_files.write_latents(tmp_path / "cache" / cache_names.latent_name("c", 960, 544), filled(4, 1, 1, 1), {})
+    write_text_item(tmp_path / "cache", "c")
     found = take_inventory(audio_config(tmp_path).datasets[0], "audio")
     assert [(item.key, item.frames, item.bucket_key) for item in found.items] == [("a", 33, (960, 544, 50))]
-    assert found.skipped == {"no_audio": [cache_names.latent_name("b", 960, 544)]}
+    assert found.skipped == {"no_text": ["b"], "no_audio": ["c"]}
 
 
 def test_the_count_table(tmp_path):

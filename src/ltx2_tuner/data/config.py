@@ -132,12 +132,12 @@ def load_dataset_config(
     _check_top_level(document, problems)
     general = document.get("general", {})
     general = general if isinstance(general, dict) else {}
-    parsed_general = _parse_table(general, "general", problems)
     _warn_foreign_keys(path, document)
+    reader = _DatasetReader(path, _parse_table(general, "general", problems), typed or {}, problems)
     groups = {}
     for name in ("datasets", "validation_datasets"):
         built = (
-            _build(table, f"{name}[{index}]", index, name != "datasets", parsed_general, typed or {}, path, problems)
+            reader.read(table, f"{name}[{index}]", index, validation=name != "datasets")
             for index, table in enumerate(_tables(document, name))
         )
         groups[name] = tuple(dataset for dataset in built if dataset is not None)
@@ -220,74 +220,85 @@ def _parse_table(table: dict, label: str, problems: config_checks.Problems) -> d
     return values
 
 
-def _build(
-    table: object,
-    label: str,
-    index: int,
-    validation: bool,
-    general: dict[str, object],
-    typed: Mapping[str, object],
-    path: Path,
-    problems: config_checks.Problems,
-) -> Dataset | None:
-    """One dataset after inheritance, or None when it has no usable source key."""
-    if not isinstance(table, dict):
-        problems.error(f"{label}: must be a table")
-        return None
-    own = _parse_table(table, label, problems)
-    source = _source(table, label, path, problems)
-    if source is None:
-        return None
-    kind, paths = source
-    _check_kinds(own, kind, label, problems)
-    chosen = {key: value for key, value in general.items() if kind in OPTIONS[key].kinds} | own
-    config_checks.check_conflicts(chosen, kind, label, problems)
-    flags = {key: value for key, value in typed.items() if value is not None and OPTIONS[key].from_command_line}
-    options = flags | chosen
-    for key in INPUT_DIRECTORIES:
-        if key in options:
-            options[key] = find_input(options[key], path.parent)
-    if "reference_directory" not in options and "reference_cache_directory" in options:
-        options["reference_directory"] = options.get("control_directory")
-    if "cache_directory" not in options and "source_jsonl" in paths:
-        problems.error(f"{label}: a JSONL dataset needs cache_directory")
-    options.setdefault("cache_directory", paths.get("source_directory") or path.parent)
-    for key in OUTPUT_DIRECTORIES:
-        if key in options:
-            options[key] = Path(options[key]).expanduser()
-    return dataset_from_options(options, kind, label, index, validation, **paths)
+@dataclass(frozen=True)
+class _DatasetReader:
+    """Makes datasets of the tables of one file. general: checked [general] options; typed: flags of the user."""
 
+    path: Path
+    general: Mapping[str, object]
+    typed: Mapping[str, object]
+    problems: config_checks.Problems
 
-def _source(
-    table: dict, label: str, path: Path, problems: config_checks.Problems
-) -> tuple[str, dict[str, Path | None]] | None:
-    """The kind and the source path fields of a dataset table."""
-    present = [key for key in SOURCE_KEYS if key in table]
-    if len(present) != 1:
-        found = f"several sources ({', '.join(present)}); keep one" if present else "no source; add one of "
-        problems.error(f"{label}: {found}" + ("" if present else ", ".join(SOURCE_KEYS)))
-        return None
-    kind, is_jsonl = SOURCE_KEYS[present[0]]
-    try:
-        source = find_input(text(table[present[0]]), path.parent)
-    except ValueError as expected:
-        problems.error(f"{label}: '{present[0]}' must be {expected}, not {json.dumps(table[present[0]], default=str)}")
-        return None
-    return kind, {"source_jsonl" if is_jsonl else "source_directory": source}
+    def read(self, table: object, label: str, index: int, validation: bool) -> Dataset | None:
+        """One dataset after inheritance, or None when it has no usable source key."""
+        if not isinstance(table, dict):
+            self.problems.error(f"{label}: must be a table")
+            return None
+        own = _parse_table(table, label, self.problems)
+        source = self._source(table, label)
+        if source is None:
+            return None
+        kind, paths = source
+        self._check_kinds(own, kind, label)
+        chosen = {key: value for key, value in self.general.items() if kind in OPTIONS[key].kinds} | own
+        config_checks.check_conflicts(chosen, kind, label, self.problems)
+        flags = command_line_options(self.typed)
+        options = self._with_paths(flags | chosen, paths, label)
+        return dataset_from_options(options, kind, label, index, validation, **paths)
 
+    def _source(self, table: dict, label: str) -> tuple[str, dict[str, Path]] | None:
+        """The kind and the source path field of a dataset table."""
+        present = [key for key in SOURCE_KEYS if key in table]
+        if not present:
+            self.problems.error(f"{label}: no source; add one of {', '.join(SOURCE_KEYS)}")
+            return None
+        if len(present) > 1:
+            self.problems.error(f"{label}: several sources ({', '.join(present)}); keep one")
+            return None
+        (key,) = present
+        try:
+            source = find_input(text(table[key]), self.path.parent)
+        except ValueError as expected:
+            self.problems.error(f"{label}: '{key}' must be {expected}, not {json.dumps(table[key], default=str)}")
+            return None
+        kind, is_jsonl = SOURCE_KEYS[key]
+        return kind, {"source_jsonl" if is_jsonl else "source_directory": source}
 
-def _check_kinds(own: dict[str, object], kind: str, label: str, problems: config_checks.Problems) -> None:
-    """Options that another kind of dataset has."""
-    for key in own:
-        option = OPTIONS[key]
-        if kind in option.kinds:
-            continue
-        if kind in option.tolerated:
-            problems.info(f"{label}: '{key}' has no effect on {kind} datasets")
-        else:
+    def _check_kinds(self, own: Mapping[str, object], kind: str, label: str) -> None:
+        """Options that another kind of dataset has."""
+        for key in own:
+            option = OPTIONS[key]
+            if kind in option.kinds:
+                continue
+            if kind in option.tolerated:
+                self.problems.info(f"{label}: '{key}' has no effect on {kind} datasets")
+                continue
             owners = " and ".join(option.kinds)
             article = "an" if kind[0] in "aeiou" else "a"
-            problems.error(f"{label}: '{key}' is an option of {owners} datasets but this is {article} {kind} dataset")
+            self.problems.error(
+                f"{label}: '{key}' is an option of {owners} datasets but this is {article} {kind} dataset"
+            )
+
+    def _with_paths(self, options: dict[str, object], paths: Mapping[str, Path], label: str) -> dict[str, object]:
+        """Options with folders resolved, the alias taken and the default cache directory filled in."""
+        options = dict(options)
+        for key in INPUT_DIRECTORIES:
+            if key in options:
+                options[key] = find_input(options[key], self.path.parent)
+        if "reference_directory" not in options and "reference_cache_directory" in options:
+            options["reference_directory"] = options.get("control_directory")
+        if "cache_directory" not in options and "source_jsonl" in paths:
+            self.problems.error(f"{label}: a JSONL dataset needs cache_directory")
+        options.setdefault("cache_directory", paths.get("source_directory") or self.path.parent)
+        for key in OUTPUT_DIRECTORIES:
+            if key in options:
+                options[key] = Path(options[key]).expanduser()
+        return options
+
+
+def command_line_options(typed: Mapping[str, object]) -> dict[str, object]:
+    """The flags among `typed` that may set dataset options."""
+    return {key: value for key, value in typed.items() if value is not None and OPTIONS[key].from_command_line}
 
 
 def find_input(name: str, *folders: Path) -> Path:

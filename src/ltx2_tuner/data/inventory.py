@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -79,7 +79,10 @@ def take_inventory(dataset: Dataset, mode: str, *, references: bool = True, refe
         UserError: a text, sound or reference file is damaged.
     """
     found = Inventory(dataset)
-    reference_audio = reference_audio and mode != "video"
+    reference_folders = {
+        "references": dataset.reference_cache_directory if references else None,
+        "reference audio": dataset.reference_audio_cache_directory if reference_audio and mode != "video" else None,
+    }
     folder = dataset.cache_directory
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     parsed = _parse_names(found, names)
@@ -89,13 +92,17 @@ def take_inventory(dataset: Dataset, mode: str, *, references: bool = True, refe
         if header is None:
             continue
         found.counts["latents"] += 1
-        audio = None
+        companions = {
+            "text": latent.with_name(cache_names.text_name(name.stem)),
+            "dino": cache_names.dino_path(latent),
+        }
         if mode != "video" and dataset.kind != "image":
-            audio = _audio_of(latent, name.stem, per_stem[name.stem])
-        if dataset.item_kind == "audio" and audio is None:
-            found.skip("no_audio", latent.name)
-            continue
-        _add_item(found, latent, name, header, audio, references, reference_audio)
+            companions["audio"] = _audio_of(latent, name.stem, per_stem[name.stem])
+        for column, place in reference_folders.items():
+            if place is not None:
+                file = latent if column == "references" else cache_names.audio_path(latent)
+                companions[column] = place / file.name
+        _add_item(found, latent, name, header, companions)
     stems = {name.stem for _, name in parsed}
     texts = (cache_names.parse_text_name(name) for name in names)
     lonely = sum(stem is not None and stem not in stems for stem in texts)
@@ -142,48 +149,31 @@ def _own_header(found: Inventory, latent: Path) -> CacheHeader | None:
     return header
 
 
-def _audio_of(latent: Path, stem: str, latents_of_stem: int) -> Path | None:
-    """The sound latent of an item: beside the latent, or in the simplified layout where that is unambiguous."""
+def _audio_of(latent: Path, stem: str, latents_of_stem: int) -> Path:
+    """Where the sound of an item is: beside the latent, or in the simplified layout where that is unambiguous."""
     usual = cache_names.audio_path(latent)
-    if usual.is_file():
-        return usual
     simple = cache_names.simple_audio_path(latent, stem)
-    return simple if latents_of_stem == 1 and simple.is_file() else None
+    return simple if latents_of_stem == 1 and not usual.is_file() and simple.is_file() else usual
 
 
 def _add_item(
-    found: Inventory,
-    latent: Path,
-    name: CacheName,
-    header: CacheHeader,
-    audio: Path | None,
-    references: bool,
-    reference_audio: bool,
+    found: Inventory, latent: Path, name: CacheName, header: CacheHeader, companions: Mapping[str, Path]
 ) -> None:
-    dataset, counts = found.dataset, found.counts
-    text = latent.with_name(cache_names.text_name(name.stem))
-    has_text = text.is_file()
-    dino = cache_names.dino_path(latent) if cache_names.dino_path(latent).is_file() else None
-    reference = sound_reference = None
-    missing = not has_text and "no_text"
-    if references and dataset.reference_cache_directory is not None:
-        reference = dataset.reference_cache_directory / latent.name
-        counts["references"] += reference.is_file()
-        missing = missing or (not reference.is_file() and "no_reference")
-    if reference_audio and dataset.reference_audio_cache_directory is not None:
-        sound_reference = dataset.reference_audio_cache_directory / cache_names.audio_path(latent).name
-        counts["reference audio"] += sound_reference.is_file()
-        missing = missing or (not sound_reference.is_file() and "no_reference")
-    counts["audio"] += audio is not None
-    counts["text"] += has_text
-    counts["dino"] += dino is not None
+    """Count what exists of `companions` (by column of the count table) and take the item if nothing it needs misses."""
+    present = {column: path for column, path in companions.items() if path.is_file()}
+    found.counts.update(present.keys())
+    needed = {"text": "no_text", "references": "no_reference", "reference audio": "no_reference"}
+    if found.dataset.item_kind == "audio":
+        needed["audio"] = "no_audio"
+    missing = [reason for column, reason in needed.items() if column in companions and column not in present]
     if missing:
-        found.skip(missing, name.key)
+        found.skip(missing[0], name.key)
         return
-    for path in (text, audio, reference, sound_reference):
-        if path is not None and path not in found.headers:
+    for column, path in present.items():
+        if column != "dino" and path not in found.headers:
             found.headers[path] = read_header(path)
-    if dataset.item_kind == "video" and audio is None:
+    audio, reference = present.get("audio"), present.get("references")
+    if found.dataset.item_kind == "video" and audio is None:
         found.without_sound.append(name.key)
     audio_steps = found.headers[audio].shape[1] if audio else None
     reference_shape = found.headers[reference].shape if reference else None
@@ -192,19 +182,19 @@ def _add_item(
             key=name.key,
             stem=name.stem,
             latent_path=latent,
-            text_path=text,
+            text_path=present["text"],
             audio_path=audio,
-            dino_path=dino,
+            dino_path=present.get("dino"),
             reference_path=reference,
-            reference_audio_path=sound_reference,
+            reference_audio_path=present.get("reference audio"),
             frames=name.frames or _frame_count(header),
             size=(name.width, name.height),
             latent_shape=header.shape,
             audio_steps=audio_steps,
-            bucket_key=bucket_key(dataset, name, header.shape, audio_steps, reference_shape),
+            bucket_key=bucket_key(found.dataset, name, header.shape, audio_steps, reference_shape),
         )
     )
-    counts["usable"] += 1
+    found.counts["usable"] += 1
 
 
 def _frame_count(header: CacheHeader) -> int:

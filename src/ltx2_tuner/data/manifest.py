@@ -9,7 +9,14 @@ from pathlib import Path
 
 from ltx2_tuner import __version__
 from ltx2_tuner.data import config_checks
-from ltx2_tuner.data.config import Dataset, DatasetConfig, dataset_from_options, find_input, for_mode
+from ltx2_tuner.data.config import (
+    Dataset,
+    DatasetConfig,
+    command_line_options,
+    dataset_from_options,
+    find_input,
+    for_mode,
+)
 from ltx2_tuner.data.options import KINDS, OPTIONS, OUTPUT_DIRECTORIES, SOURCE_KEYS
 from ltx2_tuner.errors import UserError
 from ltx2_tuner.files import write_json
@@ -123,7 +130,7 @@ def _dataset(
     if not isinstance(params, dict) or entry.get("dataset_type") not in KINDS:
         problems.error(f"{label}: must have a dataset_type ({', '.join(KINDS)}) and params")
         return None
-    options = {key: value for key, value in typed.items() if value is not None and OPTIONS[key].from_command_line}
+    options = command_line_options(typed)
     for key, value in params.items():
         if key in OPTIONS and key not in _SOURCE_OPTIONS and value is not None:
             try:
