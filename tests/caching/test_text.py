@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections import namedtuple
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ltx2_tuner import files
 from ltx2_tuner.caching import run, text
 from ltx2_tuner.checkpoint import Checkpoint, SafetensorsFile
 from ltx2_tuner.cli import ltx2_cache_text_encoder_outputs as script
@@ -260,6 +262,25 @@ def test_full_disk_keeps_what_is_there(world, monkeypatch, capsys):
     (world.cache / "ltx2_cache_text.journal").unlink()
     assert digests(world.cache) == before
     assert world.run("--ignore_disk_space") == 0
+
+
+def test_disk_that_fills_up_loses_nothing(world, models, tmp_path, monkeypatch, capsys):
+    whole = World(tmp_path / "whole", models).create()
+    whole.run()
+    synced = []
+
+    def fsync(descriptor):
+        synced.append(descriptor)
+        if len(synced) == 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as context:
+        context.setattr(files.os, "fsync", fsync)
+        assert world.run() == 1
+    assert "no space left on the disk; free some and run the command again" in capsys.readouterr().err
+    assert len(list(world.cache.glob("*.safetensors"))) == 3 and not list(world.cache.glob(".*.tmp"))
+    assert world.run() == 0
+    assert digests(world.cache) == digests(whole.cache)
 
 
 def test_dry_run_needs_no_models(world, capsys):

@@ -27,6 +27,12 @@ def test_defaults():
     assert gemma_options(parse("--gemma_root", "g")) == GemmaOptions(root=Path("g"))
 
 
+def test_file_wins_over_folder(caplog):
+    options = gemma_options(parse("--gemma_root", "g", "--gemma_safetensors", "f.safetensors"))
+    assert options.source == Path("f.safetensors") and options.root == Path("g")
+    assert "--gemma_safetensors wins" in caplog.text
+
+
 def test_every_value_arrives():
     flags = [
         *("--gemma_root", "g", "--gemma_load_in_4bit", "--gemma_bnb_4bit_quant_type", "fp4"),

@@ -55,8 +55,7 @@ class Journal:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         # Written anew: a torn last line of the interrupted run must not swallow the next name.
         self._file = open(self.path, "w", encoding="utf-8", newline="\n")  # noqa: SIM115
-        self._file.write("".join(f"{line}\n" for line in (head, *map(json.dumps, sorted(self.done)))))
-        self._file.flush()
+        self._append(head, *map(json.dumps, sorted(self.done)))
 
     def _read(self, head: str) -> set[str]:
         try:
@@ -78,8 +77,14 @@ class Journal:
     def add(self, name: str) -> None:
         """Note that the file (or item) `name` is complete."""
         self.done.add(name)
-        self._file.write(json.dumps(name) + "\n")
-        self._file.flush()
+        self._append(json.dumps(name))
+
+    def _append(self, *lines: str) -> None:
+        try:
+            self._file.write("".join(f"{line}\n" for line in lines))
+            self._file.flush()
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written ({error.strerror}); free some space and go on") from error
 
     def finish(self) -> None:
         """Remove the journal: the run is complete."""

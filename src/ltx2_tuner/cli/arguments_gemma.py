@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 from pathlib import Path
 
 import torch
 
 from ltx2_tuner.text_encoding.options import GemmaOptions
+
+logger = logging.getLogger(__name__)
 
 OFFLOAD_VARIABLE = "LTX2_GEMMA_SAFETENSORS_WEIGHT_OFFLOAD"
 _COMPUTE_DTYPES = {"auto": None, "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -74,7 +77,9 @@ def check_gemma(args: argparse.Namespace, *, required: bool = False) -> list[str
 
 
 def gemma_options(args: argparse.Namespace) -> GemmaOptions:
-    """How Gemma is to be loaded."""
+    """How Gemma is to be loaded; says so when both sources are given."""
+    if args.gemma_root and args.gemma_safetensors:
+        logger.warning("--gemma_safetensors wins; --gemma_root is only used for a tokenizer that the file lacks")
     offload = args.gemma_fp8_weight_offload
     if offload is None:
         offload = os.environ.get(OFFLOAD_VARIABLE, "1").strip().lower() in {"1", "true", "yes", "on"}
