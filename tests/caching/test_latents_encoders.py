@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
 from ltx2_tuner.caching.encoders import VideoLatents, pad_frames
 from ltx2_tuner.checkpoint import Checkpoint, load_video_encoder, write_tiny_checkpoint
+from ltx2_tuner.data.metadata import canonical_json, stale_reason
 from ltx2_tuner.errors import UserError
 from ltx2_tuner.models.video_vae import tiling
 from ltx2_tuner.models.video_vae.tiling import TileConfig
@@ -61,6 +64,11 @@ def test_then_chunks_then_tiles(encoder, clips, monkeypatch):
     latents.encode(clips[:1])
     assert latents.fallbacks == ["--vae_chunk_size 8", "--vae_spatial_tile_size 512"]
     assert latents.tiles.chunk_size == 8
+    # The file says how it was made, and still fits the command that was given.
+    asked = {"preprocess": canonical_json({"tiles": None})}
+    written = latents.with_tiles_used(asked)
+    assert json.loads(written["preprocess"])["tiles_used"] == {"spatial_overlap": 64, "spatial_size": 512}
+    assert stale_reason(written, asked) is None
 
 
 def test_what_fits_nowhere_is_an_error_that_says_what_to_do(encoder, clips, monkeypatch):

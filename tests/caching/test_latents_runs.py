@@ -11,8 +11,10 @@ import torch
 
 from ltx2_tuner.checkpoint import Checkpoint, component_id, load_video_encoder, write_tiny_checkpoint
 from ltx2_tuner.data.cache_files import read_audio, read_latents
+from ltx2_tuner.errors import UserError
 from ltx2_tuner.media.video import read_frames
 from tests.caching.latents_world import World, digests
+from tests.media.zoo import make_clip
 
 
 @pytest.fixture(scope="module")
@@ -278,6 +280,42 @@ def test_latents_that_are_not_finite_fail_their_item(world, capsys, monkeypatch)
     assert world.run() == 0
     assert "encoded 1 | skipped (existing) 0 | failed 1" in capsys.readouterr().out
     assert world.names() == ["b_00000-009_ltx2"]
+
+
+def test_blank_clips_are_pointed_out(world, capsys):
+    make_clip(world.clips / "black.mp4", np.zeros((10, 64, 96, 3), np.uint8))
+    (world.clips / "black.txt").write_text("nothing")
+    world.add_clip("good.mp4")
+    world.configure(target_frames=[9])
+    world.run()
+    assert "[Dataset 0] blank picture: black_00000-009\n" in capsys.readouterr().out
+
+
+def test_a_full_disk_stops_the_run_and_the_next_goes_on(world, capsys, monkeypatch):
+    from ltx2_tuner.caching import pictures
+
+    for name in "abc":
+        world.add_clip(f"{name}.mp4")
+    world.configure(target_frames=[9])
+    assert world.run() == 0
+    whole = digests(world.cache)
+    for path in world.cache.glob("*_ltx2.safetensors"):
+        path.unlink()
+    write, room = pictures.write_latents, [1]
+
+    def full(path, *arguments):
+        if not room:
+            raise UserError(f"{path}: no space left on the disk; free some and run the command again")
+        room.pop()
+        write(path, *arguments)
+
+    monkeypatch.setattr(pictures, "write_latents", full)
+    assert world.run() == 1
+    assert "no space left on the disk" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert world.run() == 0
+    assert "encoded 2 | skipped (existing) 1" in capsys.readouterr().out
+    assert digests(world.cache) == whole
 
 
 def test_conditioning_of_sample_prompts(world):

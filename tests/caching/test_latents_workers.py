@@ -35,7 +35,7 @@ def broken(value: int) -> int:
 @pytest.mark.parametrize("count", [0, 2])
 def test_results_keep_the_order_of_the_jobs(count):
     with Workers(count) as workers:
-        assert list(workers.imap(double, range(7), crashed=lambda job: -1)) == [0, 2, 4, 6, 8, 10, 12]
+        assert workers.map(double, range(7), crashed=lambda job: -1) == [0, 2, 4, 6, 8, 10, 12]
         found = list(workers.stream(pieces, [2, 0, 1, 4], crashed=lambda job: -1))
     assert found == [(2, 0), (2, 1), (1, 0), (4, 0), (4, 1), (4, 2), (4, 3)]
 
@@ -45,10 +45,10 @@ def test_a_crash_fails_its_own_job_and_a_bug_is_shown():
         found = list(workers.stream(pieces, [1, 3, 2], crashed=lambda job: -1))
         assert found == [(1, 0), (3, 0), (3, 1), (3, 2), (3, -1), (2, 0), (2, 1)]
         with pytest.raises(RuntimeError, match="a bug, not a bad file"):
-            list(workers.imap(broken, [1], crashed=lambda job: -1))
+            workers.map(broken, [1], crashed=lambda job: -1)
         # A reader that stops early leaves nothing in the pipes.
         assert next(workers.stream(pieces, [2, 2], crashed=lambda job: -1)) == (2, 0)
-        assert list(workers.imap(double, [4], crashed=lambda job: -1)) == [8]
+        assert workers.map(double, [4], crashed=lambda job: -1) == [8]
 
 
 def test_workers_end_with_a_killed_main_process(tmp_path):
@@ -59,7 +59,7 @@ def test_workers_end_with_a_killed_main_process(tmp_path):
             from ltx2_tuner.caching.workers import Workers
             if __name__ == "__main__":
                 workers = Workers(1)
-                list(workers.imap(abs, [-1], crashed=abs))
+                workers.map(abs, [-1], crashed=abs)
                 print(workers._running[0].process.pid, flush=True)
                 time.sleep(60)
             """)

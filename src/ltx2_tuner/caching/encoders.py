@@ -6,14 +6,16 @@ Running out of device memory is met by smaller batches, then by chunks in time, 
 from __future__ import annotations
 
 import gc
+import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ltx2_tuner.data.metadata import canonical_json
 from ltx2_tuner.errors import UserError
 from ltx2_tuner.models.video_vae import VideoEncoder, tiling
 from ltx2_tuner.models.video_vae.tiling import TileConfig
@@ -32,6 +34,16 @@ def pad_frames(frames: np.ndarray) -> np.ndarray:
     return np.concatenate([frames, np.repeat(frames[-1:], missing, axis=0)]) if missing else frames
 
 
+def tile_settings(tiles: TileConfig) -> dict[str, int] | None:
+    """Sizes and overlaps of tiles, which change latents; chunks do not. None without tiles."""
+    used = {}
+    if tiles.spatial_size:
+        used |= {"spatial_size": tiles.spatial_size, "spatial_overlap": tiles.spatial_overlap}
+    if tiles.temporal_size:
+        used |= {"temporal_size": tiles.temporal_size, "temporal_overlap": tiles.temporal_overlap}
+    return used or None
+
+
 class VideoLatents:
     """Encodes clips of equal size.
 
@@ -42,7 +54,7 @@ class VideoLatents:
 
     def __init__(self, encoder: VideoEncoder, tiles: TileConfig) -> None:
         self.encoder = encoder
-        self.tiles = tiles
+        self.tiles = self._asked = tiles
         self.fallbacks: list[str] = []
         self._largest_batch: int | None = None
 
@@ -61,6 +73,16 @@ class VideoLatents:
             pass  # outside the handler the failed tensors are released
         self._retreat(size, clips[0].shape)
         return self.encode(clips)
+
+    def with_tiles_used(self, metadata: Mapping[str, str]) -> dict[str, str]:
+        """The metadata of a file, with the tiles that were used where the memory called for them.
+
+        They stand beside the tiles that were asked for, so that the file fits the same command later.
+        """
+        if self.tiles == self._asked:
+            return dict(metadata)
+        settings = json.loads(metadata["preprocess"]) | {"tiles_used": tile_settings(self.tiles)}
+        return {**metadata, "preprocess": canonical_json(settings)}
 
     def _batch(self, clips: Sequence[np.ndarray]) -> list[Tensor]:
         pixels = torch.from_numpy(np.stack([pad_frames(clip) for clip in clips]))  # (B, N, H, W, 3)

@@ -30,11 +30,13 @@ from ltx2_tuner.data.config import Dataset, DatasetConfig
 from ltx2_tuner.data.items import Item, ItemList, list_items
 from ltx2_tuner.data.metadata import canonical_json
 from ltx2_tuner.data.sources import Failure, Source, list_sources, warn_shared_sources
+from ltx2_tuner.media.audio import stated_seconds
 
 logger = logging.getLogger(__name__)
 
 SCRIPT = "latents"
 SILENCE_SECONDS = 10.0
+UNUSED_SECONDS = 1.0  # at the end of a clip, worth a line
 
 
 @dataclass(frozen=True)
@@ -68,11 +70,34 @@ def scan(config: DatasetConfig, options: LatentOptions, workers: Workers) -> lis
             reference_downscale=options.reference_downscale,
             sound=sound,
             audio_extension=options.sound_extension,
-            map_with=functools.partial(workers.imap, crashed=_crashed),
+            map_with=functools.partial(workers.map, crashed=_crashed),
             sources=sources,
         )
         groups.append(Group(dataset, found, _tally(dataset, found)))
+        if dataset.item_kind == "video":
+            _log_unused(dataset, found)
     return groups
+
+
+def _log_unused(dataset: Dataset, found: ItemList) -> None:
+    """How much of each clip no item covers: extraction from the head leaves long clips unused, often unnoticed."""
+    covered: dict[Path, float] = {}
+    for item in found.items:
+        if item.source.form == "video":
+            covered[item.source.path] = max(covered.get(item.source.path, 0.0), item.sound_span[1])
+    unused = 0.0
+    for path, end in covered.items():
+        seconds = stated_seconds(path)
+        if seconds - end > UNUSED_SECONDS:
+            unused += seconds - end
+            logger.info("%s: %.1f of %.1f s are used", path.name, end, seconds)
+    if unused:
+        logger.info(
+            "%s: %.0f s of the clips are in no item; frame_extraction %s uses more of them",
+            dataset.label,
+            unused,
+            '"full" or "chunk"' if dataset.frame_extraction == "head" else '"chunk"',
+        )
 
 
 def _crashed(source: Source) -> Failure:
@@ -222,8 +247,8 @@ class LatentCaching:
             if sounds:
                 encode_sound(sounds, load_encoder=self._load_sound, track="Reference audio", **passes)
 
-    def _load_video(self):
-        return self.video_latents.encode
+    def _load_video(self) -> VideoLatents:
+        return self.video_latents
 
     def _load_sound(self) -> SoundLatents:
         return self.sound_latents

@@ -9,22 +9,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from torch import Tensor
 from tqdm import tqdm
 
 from ltx2_tuner.caching.batching import lay_out
 from ltx2_tuner.caching.decoding import CRASHED, Failed, PictureJob, decode_pictures
+from ltx2_tuner.caching.encoders import VideoLatents
 from ltx2_tuner.caching.ledger import Ledger
 from ltx2_tuner.caching.run import Tally
 from ltx2_tuner.caching.workers import Workers
-from ltx2_tuner.data.cache_files import write_latents
+from ltx2_tuner.data.cache_files import NonFiniteError, write_latents
 from ltx2_tuner.data.frame_rate import FrameRate
-from ltx2_tuner.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# Clips, each uint8 (N, H, W, 3), of equal size -> latents (C, F, h, w).
-Encode = Callable[[Sequence[np.ndarray]], list[Tensor]]
+# 8-bit level below which a whole clip counts as black.
+BLACK_LEVEL = 16
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ def encode_pictures(
     *,
     workers: Workers,
     ledger: Ledger,
-    load_encoder: Callable[[], Encode],
+    load_encoder: Callable[[], VideoLatents],
     tally: Tally,
     track: str | None = None,
 ) -> set[Path]:
@@ -75,12 +74,12 @@ def encode_pictures(
             tally.add("skipped (existing)", track=track)
     if not batches:
         return good
-    encode = load_encoder()
+    encoder = load_encoder()
     progress = tqdm(total=sum(len(batch) for batch in batches), unit="item", desc=track or "pictures", smoothing=0)
     with progress:
         for batch, clips in _complete_batches(batches, targets, workers, tally, track):
             progress.update(len(batch))
-            good |= _write_batch(batch, clips, good, encode, ledger, tally, track)
+            good |= _write_batch(batch, clips, good, encoder, ledger, tally, track)
     return good
 
 
@@ -88,7 +87,7 @@ def _write_batch(
     batch: Sequence[PictureTarget],
     clips: dict[Path, np.ndarray],
     good: set[Path],
-    encode: Encode,
+    encoder: VideoLatents,
     ledger: Ledger,
     tally: Tally,
     track: str | None,
@@ -98,19 +97,27 @@ def _write_batch(
     written: set[Path] = set()
     if not present:
         return written
-    latents = encode([clips[target.path] for target in present])
+    latents = encoder.encode([clips[target.path] for target in present])
     for target, latent in zip(present, latents):
         if target.path in good:
             continue
         try:
-            write_latents(target.path, latent, target.metadata)
-        except UserError as error:
+            write_latents(target.path, latent, encoder.with_tiles_used(target.metadata))
+        except NonFiniteError as error:
             tally.fail(target.key, str(error), track)
             continue
         ledger.wrote(target.path)
         tally.add("encoded", track=track)
+        if _is_blank(clips[target.path]):
+            tally.add("blank picture", target.key, track)
         written.add(target.path)
     return written
+
+
+def _is_blank(clip: np.ndarray) -> bool:
+    """Whether a clip (N, H, W, 3) is black or of one colour throughout, which nobody means to train on."""
+    sample = clip[:, ::4, ::4]
+    return bool(sample.max() < BLACK_LEVEL or (sample == sample[0, 0, 0]).all())
 
 
 def _complete_batches(

@@ -16,8 +16,7 @@ from ltx2_tuner.caching.decoding import CRASHED, Failed, NoTrack, SoundJob, deco
 from ltx2_tuner.caching.ledger import Ledger
 from ltx2_tuner.caching.run import Tally
 from ltx2_tuner.caching.workers import Workers
-from ltx2_tuner.data.cache_files import write_audio
-from ltx2_tuner.errors import UserError
+from ltx2_tuner.data.cache_files import NonFiniteError, write_audio
 from ltx2_tuner.media.audio import is_silent
 from ltx2_tuner.models.audio_vae import AudioEncoder, LogMel, encode_waveform
 
@@ -144,7 +143,7 @@ def _write(
     for target in targets:
         try:
             write_audio(target.path, latents, target.metadata | {"duration_seconds": str(seconds)})
-        except UserError as error:
+        except NonFiniteError as error:
             tally.fail(target.key, str(error), track)
             continue
         ledger.wrote(target.path)

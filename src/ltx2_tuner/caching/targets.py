@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from ltx2_tuner.caching.encoders import tile_settings
 from ltx2_tuner.caching.pictures import PictureTarget
 from ltx2_tuner.caching.placeholders import Geometry
 from ltx2_tuner.caching.sound import SoundTarget
@@ -146,21 +147,15 @@ class TargetMaker:
 
     def picture_settings(self) -> dict[str, object]:
         """What changes the numbers of a picture latent, beside the item."""
-        return {"ltx_mode": self.config.mode, "vae_dtype": dtype_name(self.options.vae_dtype), "tiles": self._tiles()}
+        return {
+            "ltx_mode": self.config.mode,
+            "vae_dtype": dtype_name(self.options.vae_dtype),
+            "tiles": tile_settings(self.options.tiles),
+        }
 
     def sound_settings(self) -> dict[str, object]:
         """What changes the numbers of a sound latent, beside the item."""
         return {"ltx_mode": self.config.mode, "audio_dtype": dtype_name(self.options.audio_dtype)}
-
-    def _tiles(self) -> dict[str, int] | None:
-        """Sizes and overlaps; chunks change nothing."""
-        tiles = self.options.tiles
-        used = {}
-        if tiles.spatial_size:
-            used |= {"spatial_size": tiles.spatial_size, "spatial_overlap": tiles.spatial_overlap}
-        if tiles.temporal_size:
-            used |= {"temporal_size": tiles.temporal_size, "temporal_overlap": tiles.temporal_overlap}
-        return used or None
 
 
 def _reference_start(item: Item, dataset: Dataset) -> int:

@@ -79,12 +79,11 @@ class Workers:
             if not finished:
                 self.close()  # pieces nobody asked for are still in the pipes
 
-    def imap(
+    def map(
         self, function: Callable[[Job], Piece], jobs: Iterable[Job], crashed: Callable[[Job], Piece]
-    ) -> Iterator[Piece]:
-        """Like `map`, in the workers; `crashed` gives the result of a job whose process died."""
-        for _, piece in self.stream(_Single(function), jobs, crashed):
-            yield piece
+    ) -> list[Piece]:
+        """The results of a function in order; `crashed` gives the result of a job whose process died."""
+        return [piece for _, piece in self.stream(_Single(function), jobs, crashed)]
 
     def _worker(self, number: int) -> _Worker:
         while len(self._running) <= number:

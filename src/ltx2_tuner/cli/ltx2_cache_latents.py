@@ -21,6 +21,7 @@ from ltx2_tuner.cli import values
 from ltx2_tuner.cli.parser import Parser, entry_point
 from ltx2_tuner.data.cache_names import SAMPLE_LATENTS_NAME
 from ltx2_tuner.data.config import DatasetConfig, load_dataset_config
+from ltx2_tuner.data.extraction import pad8
 from ltx2_tuner.data.manifest import write_manifest
 from ltx2_tuner.errors import UserError
 from ltx2_tuner.models.video_vae.tiling import TileConfig, TileError
@@ -164,6 +165,8 @@ def check(args: argparse.Namespace) -> list[str]:
         errors.append(
             f"--audio_only_sequence_resolution is 0 or at least 32 (got {args.audio_only_sequence_resolution})"
         )
+    if args.audio_only_target_resolution and args.audio_only_sequence_resolution:
+        errors.append("--audio_only_target_resolution has an effect with --audio_only_sequence_resolution 0 only")
     if args.audio_only_target_fps <= 0:
         errors.append(f"--audio_only_target_fps must be above 0 (got {args.audio_only_target_fps})")
     try:
@@ -187,6 +190,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         reference_downscale=args.reference_downscale,
     )
     options = _options(args)
+    frames = args.reference_frames or 1
+    if pad8(frames) != frames:
+        logger.warning("--reference_frames %d is not 8n+1: the last frame is held up to %d", frames, pad8(frames))
     with Workers(options.num_workers) as workers:
         groups = scan(config, options, workers)
         if args.debug_mode:

@@ -158,17 +158,6 @@ def peak_normalise(samples: np.ndarray, peak_db: float) -> np.ndarray:
     return samples * np.float32(10 ** (peak_db / 20) / np.abs(samples).max())
 
 
-def resample(samples: np.ndarray, rate: int, new_rate: int) -> np.ndarray:
-    """Windowed-sinc resampling from `rate` to `new_rate` samples/s; returns (C, ceil(S * new_rate / rate))."""
-    if rate == new_rate:
-        return samples
-    prepare_torchaudio()
-    import torch
-    import torchaudio.functional
-
-    return torchaudio.functional.resample(torch.from_numpy(samples), rate, new_rate).numpy()
-
-
 def stretch_windows(rate: int) -> tuple[int, int]:
     """(STFT size, hop) in samples that the time stretch uses at a rate."""
     size = 2 ** max(8, math.floor(math.log2(max(256, int(0.046 * rate)))))
