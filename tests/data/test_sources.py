@@ -91,6 +91,12 @@ def test_names_no_cache_file_can_have_are_failures():
     assert all("rename the source" in failure.reason for failure in found.failures)
 
 
+def test_names_too_long_for_cache_files_are_failures():
+    name = "é" * 100
+    touch(f"v/{name}.mp4", f"v/{name}.txt")
+    assert "too long for cache files" in list_sources(dataset("video_directory = 'v'")).failures[0].reason
+
+
 def test_shared_training_and_validation_files_are_warned_about(caplog):
     touch("v/a.mp4", "v/a.txt", "v/b.mp4", "v/b.txt")
     Path("d.toml").write_text(

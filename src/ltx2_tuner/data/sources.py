@@ -21,6 +21,9 @@ VIDEO_EXTENSIONS = (".mp4", ".webm", ".avi", ".mkv", ".mov", ".flv", ".wmv", ".m
 AUDIO_EXTENSIONS = (".wav", ".flac", ".mp3", ".ogg", ".m4a", ".aac", ".opus", ".wma")
 _EXTENSIONS = {"image": IMAGE_EXTENSIONS, "video": VIDEO_EXTENSIONS, "audio": AUDIO_EXTENSIONS}
 
+# File systems take 255 bytes; cache names append up to 50, temporary names another 15.
+_LONGEST_STEM = 190
+
 
 @dataclass(frozen=True)
 class Source:
@@ -178,6 +181,8 @@ def safe_stem(path: Path) -> str:
     stem = path.name if path.is_dir() else path.stem
     if stem in ("", ".", "..") or "\\" in stem or any(ord(character) < 32 for character in stem):
         raise ValueError(f"no cache file can be named after {path.name!r}; rename the source")
+    if len(stem.encode("utf-8", "surrogateescape")) > _LONGEST_STEM:
+        raise ValueError(f"the name is longer than {_LONGEST_STEM} bytes, too long for cache files; rename the source")
     return stem
 
 
