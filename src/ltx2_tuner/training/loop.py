@@ -109,10 +109,11 @@ class Trainer:
             first = self.progress.epoch
             if self.progress.step_in_epoch == 0 and self.progress.micro_batches:
                 first += 1
-            for epoch in range(first, self.epochs + 1):
+            epoch = first
+            # Skipped steps are made up for, unless the run's length was given in epochs.
+            while self.progress.step < self.max_steps and epoch <= (run.loop.max_epochs or epoch):
                 self._run_epoch(epoch, line, stop)
-                if self.progress.step >= self.max_steps:
-                    break
+                epoch += 1
         self._save(Moment("final", self.progress.step, self.progress.epoch))
 
     def _run_epoch(self, epoch: int, line: StepLine, stop: StopFlag) -> None:
@@ -135,7 +136,7 @@ class Trainer:
                 continue
             self._finish_window(window, line, stop, waiting)
             window, waiting = [], 0.0
-            if progress.step >= self.max_steps:
+            if progress.step >= self.max_steps and slot != last_slot:
                 return
         progress.step_in_epoch = 0
         self._end_epoch(epoch, line)
@@ -195,6 +196,7 @@ class Trainer:
 
     def _step(self, values: WindowValues, waiting: float, line: StepLine) -> None:
         run, progress = self.run, self.progress
+        rates = self._learning_rates()
         if run.scaler is None:
             run.optimizer.step()
         else:
@@ -208,7 +210,7 @@ class Trainer:
         self.metrics = {**values.metrics, "loss/average": self.average.value, **self._norm_limit()}
         perf = line.advance(self.metrics, balanced=run.loss.balance.mode != "none")
         perf["perf/data_wait_seconds"] = waiting
-        run.log({**self.metrics, **perf, **self._learning_rates()}, progress.step)
+        run.log({**self.metrics, **perf, **rates}, progress.step)
         self._after_step(line)
 
     def _norm_limit(self) -> dict[str, float]:
@@ -241,7 +243,7 @@ class Trainer:
         run = self.run
         run.log({"loss/epoch": self.average.value}, self.progress.step)
         options = run.saver.options
-        if options.every_epochs and epoch % options.every_epochs == 0 and epoch < self.epochs:
+        if options.every_epochs and epoch % options.every_epochs == 0 and self.progress.step < self.max_steps:
             self._save(Moment("epoch", self.progress.step, epoch))
         if run.validation.every_epochs and epoch % run.validation.every_epochs == 0:
             self._validate()

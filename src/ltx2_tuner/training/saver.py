@@ -145,7 +145,7 @@ def _state_of(part: object) -> dict | None:
     """A state dict without what cannot be stored: a scheduler's own functions are rebuilt from the flags."""
     if part is None:
         return None
-    return {key: value for key, value in part.state_dict().items() if not callable(value) and key != "lr_lambdas"}
+    return {key: value for key, value in part.state_dict().items() if not callable(value)}
 
 
 def _learning_rate(optimizer: torch.optim.Optimizer) -> float:

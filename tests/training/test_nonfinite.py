@@ -1,0 +1,120 @@
+"""NaN in a batch: skipped and counted, fatal when it goes on, never saved (R8)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ltx2_tuner.errors import UserError
+from ltx2_tuner.training.guard import LIMIT, NonFiniteGuard
+from ltx2_tuner.training.saving import check_finite
+from tests.training.tiny import Clip, Recorder, make_trainer, write_workspace
+
+
+class Poisoned:
+    """Batches whose latents are NaN at the given places of the run."""
+
+    def __init__(self, data, places) -> None:
+        self.data, self.places, self.count = data, places, 0
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def set_epoch(self, epoch: int, skip: int = 0) -> None:
+        self.data.set_epoch(epoch, skip)
+
+    def __iter__(self):
+        for batch in self.data:
+            if self.places is None or self.count in self.places:
+                batch["latents"]["latents"] = torch.full_like(batch["latents"]["latents"], float("nan"))
+            self.count += 1
+            yield batch
+
+
+def poisoned_trainer(space, places, *flags):
+    recorder = Recorder()
+    trainer = make_trainer(space.arguments(*flags), recorder)
+    trainer.run.data = Poisoned(trainer.run.data, places)
+    return trainer, recorder
+
+
+def assert_finite_files(folder) -> None:
+    files = list(folder.glob("**/*.safetensors"))
+    assert files
+    for path in files:
+        for name, tensor in load_file(path).items():
+            assert torch.isfinite(tensor.float()).all(), f"{path.name}: {name}"
+
+
+def test_one_bad_batch_of_a_hundred_is_skipped(tmp_path, checkpoint, caplog):
+    space = write_workspace(tmp_path, checkpoint, [Clip(grid=(1, 1, 1))] * 4)
+    trainer, recorder = poisoned_trainer(space, {57}, "--max_train_steps", 99, "--save_state")
+    trainer.train()
+    assert trainer.progress.step == 99
+    assert trainer.progress.micro_batches == 100
+    assert trainer.run.guard.dropped == 1
+    losses = recorder.values("loss/current")
+    assert len(losses) == 99 and all(loss == loss for loss in losses)
+    assert "the step is skipped (1 so far): datasets" in caplog.text
+    assert_finite_files(space.output)
+
+
+def test_a_bad_batch_drops_its_whole_window(tmp_path, checkpoint):
+    space = write_workspace(tmp_path, checkpoint, [Clip(grid=(1, 1, 1))] * 4)
+    trainer, _ = poisoned_trainer(space, {1}, "--gradient_accumulation_steps", 2, "--max_train_steps", 1)
+    trainer.train()
+    assert trainer.progress.micro_batches == 4
+    assert trainer.run.guard.dropped == 1
+
+
+def test_the_schedule_does_not_move_with_skipped_steps(tmp_path, checkpoint):
+    space = write_workspace(tmp_path, checkpoint, [Clip(grid=(1, 1, 1))] * 4)
+    flags = ["--lr_scheduler", "linear", "--max_train_steps", 4]
+    clean, clean_log = poisoned_trainer(space, set(), *flags)
+    clean.train()
+    bad, bad_log = poisoned_trainer(space, {1}, *flags)
+    bad.train()
+    assert bad_log.values("lr/unet") == clean_log.values("lr/unet")
+
+
+def test_nothing_but_bad_batches_stops_after_ten(tmp_path, checkpoint):
+    space = write_workspace(tmp_path, checkpoint)
+    trainer, _ = poisoned_trainer(space, None)
+    with pytest.raises(UserError, match="10 steps in a row"):
+        trainer.train()
+    assert trainer.progress.step == 0
+    assert trainer.run.guard.dropped == LIMIT
+    assert not list(space.output.glob("**/*.safetensors"))
+
+
+def test_nan_check_error_stops_at_once(tmp_path, checkpoint):
+    space = write_workspace(tmp_path, checkpoint)
+    trainer, _ = poisoned_trainer(space, {1}, "--nan_check", "error")
+    with pytest.raises(UserError, match="not finite in a step on datasets"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("mode", ["off", "warn"])
+def test_even_unchecked_an_adapter_of_nans_is_not_written(tmp_path, checkpoint, mode):
+    space = write_workspace(tmp_path, checkpoint)
+    trainer, _ = poisoned_trainer(space, {1}, "--nan_check", mode, "--save_state")
+    with pytest.raises(UserError, match="was not written"):
+        trainer.train()
+    assert not list(space.output.glob("**/*.safetensors"))
+
+
+def test_ten_in_a_row_are_counted_from_the_last_good_one():
+    guard = NonFiniteGuard()
+    for _ in range(LIMIT - 1):
+        assert not guard.accept(False, ["a"])
+    assert guard.accept(True, ["b"])
+    assert not guard.accept(False, ["a"])
+    restored = NonFiniteGuard()
+    restored.load_state(guard.state())
+    assert restored == guard
+
+
+def test_infinite_values_count_as_bad():
+    with pytest.raises(UserError, match="up"):
+        check_finite({"up": torch.tensor([1.0, float("inf")])}, "the adapter")

@@ -1,0 +1,140 @@
+"""A resumed run is the run that was never interrupted, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ltx2_tuner.errors import UserError
+from ltx2_tuner.training import state as states
+from tests.training.tiny import Clip, make_trainer, read_json, train, write_workspace
+
+MIXED = (Clip(sound=17), Clip(), Clip(sound=12), Clip(), Clip(sound=17))
+
+
+def same_files(first, second, *names: str) -> None:
+    for name in names:
+        left, right = load_file(first / name), load_file(second / name)
+        assert left.keys() == right.keys()
+        for key in left:
+            assert torch.equal(left[key], right[key]), f"{name}: {key}"
+
+
+def test_ten_and_ten_steps_are_twenty(tmp_path, checkpoint):
+    """Pictures and sound mixed, dropouts on, windows of three with a short one at the end of each epoch (R1)."""
+    space = write_workspace(tmp_path, checkpoint, MIXED, batch_size=2)
+    flags = [
+        *("--ltx2_mode", "av", "--gradient_accumulation_steps", 3, "--max_train_steps", 20, "--save_state"),
+        *("--network_dropout", 0.1, "--caption_dropout_rate", 0.3, "--ltx2_first_frame_conditioning_p", 0.5),
+        *("--audio_loss_balance_mode", "ema_mag", "--independent_audio_timestep", "--num_timestep_buckets", 4),
+        *("--network_args", "rank_dropout=0.1", "module_dropout=0.1"),
+        *("--lr_scheduler", "cosine", "--lr_warmup_steps", 3, "--optimizer_args", "weight_decay=0.01"),
+        *("--audio_silence_regularizer", "--save_every_n_steps", 10),
+    ]
+    whole = train(space.arguments(*flags, "--output_dir", tmp_path / "whole"))
+    middle = tmp_path / "whole" / "tiny-step00000010-state"
+    rest = train(space.arguments(*flags, "--output_dir", tmp_path / "rest", "--resume", middle))
+    for name in ("loss/current", "loss/video", "grad_norm/total", "lr/unet", "loss/average", "loss/audio_video_ratio"):
+        expected = [metrics.get(name) for metrics in whole.steps if metrics["step"] > 10 and "loss/current" in metrics]
+        found = [metrics.get(name) for metrics in rest.steps if "loss/current" in metrics]
+        assert found == expected, name
+        assert len(found) == 10
+    files = ("network.safetensors", "optimizer.safetensors", "random.safetensors")
+    same_files(tmp_path / "whole" / "tiny-state", tmp_path / "rest" / "tiny-state", *files)
+    first, second = (read_json(tmp_path / name / "tiny-state" / "resume_metadata.json") for name in ("whole", "rest"))
+    assert first == second
+
+
+def test_autoresume_takes_the_newest_complete_state_of_this_name(tmp_path, checkpoint):
+    space = write_workspace(tmp_path, checkpoint)
+    flags = ["--save_state", "--save_every_n_steps", 2]
+    train(space.arguments(*flags))
+    output = space.output
+    shutil.copytree(output / "tiny-step00000002-state", output / "other-step00000099-state")
+    shutil.copytree(output / "tiny-state", output / "tiny-step00000050-state")
+    (output / "tiny-step00000050-state" / states.MANIFEST).unlink()
+    assert states.newest_state(output, "tiny").name == "tiny-state"
+    trainer = make_trainer(space.arguments(*flags, "--autoresume", "--max_train_steps", 6))
+    assert trainer.progress.step == 4
+
+
+def test_autoresume_without_a_state_starts_from_scratch(tmp_path, checkpoint, caplog):
+    space = write_workspace(tmp_path, checkpoint)
+    with caplog.at_level("INFO"):
+        assert make_trainer(space.arguments("--autoresume")).progress.step == 0
+    assert "starting from scratch" in caplog.text
+
+
+def test_a_state_of_another_rank_is_refused(tmp_path, checkpoint):
+    space = write_workspace(tmp_path, checkpoint)
+    train(space.arguments("--save_state"))
+    with pytest.raises(UserError, match="rank was 4 there and is 8 now"):
+        make_trainer(space.arguments("--resume", space.output / "tiny-state", "--network_dim", 8))
+
+
+def test_a_longer_run_goes_on_with_a_warning(tmp_path, checkpoint, caplog):
+    space = write_workspace(tmp_path, checkpoint)
+    train(space.arguments("--save_state"))
+    trainer = make_trainer(space.arguments("--resume", space.output / "tiny-state", "--max_train_steps", 6))
+    assert "max_train_steps was 4" in caplog.text
+    trainer.train()
+    assert trainer.progress.step == 6
+
+
+@pytest.mark.parametrize("kind", ["missing", "lora", "no manifest", "cut", "changed", "bad json"])
+def test_what_is_no_complete_state_is_refused(tmp_path, checkpoint, kind):
+    space = write_workspace(tmp_path, checkpoint)
+    train(space.arguments("--save_state"))
+    folder = space.output / "tiny-state"
+    expected = "state"
+    if kind == "missing":
+        folder, expected = tmp_path / "nowhere", "no such directory"
+    elif kind == "lora":
+        folder, expected = space.output / "tiny.safetensors", "--network_weights"
+    elif kind == "no manifest":
+        (folder / states.MANIFEST).unlink()
+    elif kind == "cut":
+        data = (folder / "optimizer.safetensors").read_bytes()
+        (folder / "optimizer.safetensors").write_bytes(data[: len(data) // 2])
+        expected = "optimizer.safetensors"
+    elif kind == "changed":
+        path = folder / "network.safetensors"
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(bytes(data))
+        expected = "network.safetensors"
+    else:
+        (folder / states.MANIFEST).write_text("{")
+    with pytest.raises(UserError, match=expected):
+        make_trainer(space.arguments("--resume", folder))
+
+
+def test_a_manifest_cannot_name_files_outside_of_its_folder(tmp_path, checkpoint):
+    space = write_workspace(tmp_path, checkpoint)
+    train(space.arguments("--save_state"))
+    path = space.output / "tiny-state" / states.MANIFEST
+    manifest = json.loads(path.read_text())
+    manifest["files"]["../tiny.safetensors"] = manifest["files"].pop("network.safetensors")
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="manifest"):
+        make_trainer(space.arguments("--resume", space.output / "tiny-state"))
+
+
+def test_an_interrupted_write_leaves_no_state(tmp_path, checkpoint, monkeypatch):
+    space = write_workspace(tmp_path, checkpoint)
+    real = states.files.write_json
+
+    def stop(path, value):
+        if path.name == states.MANIFEST:
+            raise KeyboardInterrupt
+        real(path, value)
+
+    monkeypatch.setattr(states.files, "write_json", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(space.arguments("--save_state"))
+    assert not [path for path in space.output.iterdir() if path.is_dir()]
+    assert states.newest_state(space.output, "tiny") is None
