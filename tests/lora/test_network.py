@@ -109,6 +109,12 @@ def test_state_dict_is_the_kohya_form_and_loads_alpha():
     torch.testing.assert_close(dict(other.adapters())[Q].delta(), dict(network.adapters())[Q].delta())
 
 
+def test_a_state_in_bfloat16_keeps_the_exact_alpha():
+    network = make(ToyTransformer(1), alpha=2.7).to(torch.bfloat16)
+    network.load_state_dict(network.state_dict())
+    assert dict(network.adapters())[Q].alpha_value == 2.7
+
+
 @pytest.mark.parametrize("save", [save_original, save_comfy])
 def test_warm_start_keeps_the_strength_of_the_file(tmp_path, save):
     model = ToyTransformer(1)

@@ -233,7 +233,9 @@ class LoRANetwork(nn.Module):
         """As torch's, and each adapter's scale follows the alpha that was loaded."""
         result = super().load_state_dict(state_dict, strict=strict, assign=assign)
         for _, adapter in self.adapters():
-            adapter.alpha_value = float(adapter.alpha)
+            known = torch.tensor(adapter.alpha_value, dtype=adapter.alpha.dtype)
+            if float(adapter.alpha) != float(known):  # a buffer in bf16 rounds the alpha it was made from
+                adapter.alpha_value = float(adapter.alpha)
         return result
 
     @torch.no_grad()

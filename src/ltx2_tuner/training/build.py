@@ -16,6 +16,7 @@ from ltx2_tuner.data.batches import BatchOptions, TrainingData, ValidationData
 from ltx2_tuner.data.config import DatasetConfig
 from ltx2_tuner.data.fingerprints import ExpectedCaches, check_caches
 from ltx2_tuner.errors import UserError
+from ltx2_tuner.lora.build import build_network, optimizer_groups
 from ltx2_tuner.lora.options import NetworkOptions
 from ltx2_tuner.memory.options import CompileOptions, MemoryOptions
 from ltx2_tuner.memory.prepare import prepare_model
@@ -28,7 +29,7 @@ from ltx2_tuner.training.logs import Trackers
 from ltx2_tuner.training.loop import Run, Sampler, Trainer
 from ltx2_tuner.training.metadata import MetadataOptions, RunMetadata, training_facts
 from ltx2_tuner.training.modes import AudioMode, AVMode, Compute, Mode, ModeOptions, VideoMode
-from ltx2_tuner.training.network import make_network, parameter_groups, trained_parameters
+from ltx2_tuner.training.network import trained_parameters
 from ltx2_tuner.training.optimizers import OptimizerOptions, create_optimizer, describe_optimizer, scheduler_warnings
 from ltx2_tuner.training.options import (
     DrawOptions,
@@ -193,10 +194,11 @@ def build(
     device = processes.device
     model = _load_model(config, sources, device)
     quantised = config.weights.kind != "dense"
-    network = make_network(config.network, model, config.mode, config.loop.seed, quantised=quantised)
+    network = build_network(model, config.network, mode=config.mode, seed=config.loop.seed, quantised=quantised)
     network.to(device, config.adapter_dtype)
     logger.info("%s", prepare_model(model, config.memory, config.compilation, device))
-    groups, group_names = parameter_groups(network, config.optimizer)
+    rates = config.optimizer
+    groups, group_names = optimizer_groups(network, rates.learning_rate, rates.audio_learning_rate, rates.lr_args)
     optimizer = create_optimizer(config.optimizer, groups)
     for warning in scheduler_warnings(optimizer, config.scheduler.name, config.optimizer.max_grad_norm):
         logger.warning("%s", warning)
@@ -250,15 +252,19 @@ def build(
 def _load_model(config: TrainingConfig, sources: Sources, device: torch.device) -> LTXTransformer:
     """The frozen transformer; only the parts that the mode runs, where that is possible."""
     variant = {"video": "video", "av": "av", "audio": "audio" if config.audio_only_model else "av"}[config.mode]
-    return load_transformer(
+    base_weights = merge_base_weights(config.network.base_weights)
+    model = load_transformer(
         sources.checkpoint,
         variant,
         device,
         config.dtype,
         weights=config.weights,
         quantize_device=config.quantize_device,
-        transform=merge_base_weights(config.network.base_weights) if config.network.base_weights else None,
+        transform=base_weights,
     )
+    if base_weights is not None:
+        base_weights.check_used()
+    return model
 
 
 def settle_draws(draws: DrawOptions, version: str) -> DrawOptions:

@@ -14,7 +14,7 @@ import torch
 
 from ltx2_tuner import files
 from ltx2_tuner.errors import UserError
-from ltx2_tuner.lora.formats import comfy_metadata, parse, to_comfy
+from ltx2_tuner.lora.formats import any_to_comfy, comfy_metadata
 from ltx2_tuner.training.options import SaveOptions
 
 logger = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ class CheckpointWriter:
     def _convert(self, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor] | None:
         """The adapter under ComfyUI's keys, None (with one line) where another network module made it."""
         try:
-            return to_comfy(parse(tensors, source="the adapter").modules, dtype)
+            return any_to_comfy(tensors, dtype)
         except UserError as error:
             logger.info("no ComfyUI copy: %s", error)
             return None
