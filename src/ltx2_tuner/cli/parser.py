@@ -41,6 +41,10 @@ SCRIPTS = (
     "ltx2_cache_text_encoder_outputs",
     "ltx2_train_network",
     "ltx2_generate_video",
+    "ltx2_merge_lora",
+    "ltx2_convert_lora",
+    "ltx2_merge_lora_to_model",
+    "ltx2_quantize_model",
 )
 
 
