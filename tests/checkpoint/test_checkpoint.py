@@ -139,9 +139,15 @@ def test_later_generations_are_recognised(tmp_path):
     assert Checkpoint.open(tmp_path / "a.safetensors").version == "2.5"
 
 
-@pytest.mark.parametrize("metadata", [{"config": "not json"}, {"config": "[1]"}, {"config": '{"transformer": 3}'}])
-def test_metadata_that_is_no_config_counts_as_none(tmp_path, metadata):
-    write_safetensors(tmp_path / "a.safetensors", {"x": torch.zeros(1)}, metadata)
+@pytest.mark.parametrize("config", ["not json", "[1]", "[" * 100_000])
+def test_a_damaged_config_is_not_taken_for_a_missing_one(tmp_path, config):
+    write_safetensors(tmp_path / "a.safetensors", {"x": torch.zeros(1)}, {"config": config})
+    with pytest.raises(UserError, match=r"a\.safetensors: its config is damaged"):
+        Checkpoint.open(tmp_path / "a.safetensors")
+
+
+def test_files_of_other_models_open_without_sections(tmp_path):
+    write_safetensors(tmp_path / "a.safetensors", {"x": torch.zeros(1)}, {"config": '{"transformer": 3}'})
     assert Checkpoint.open(tmp_path / "a.safetensors").config == {}
 
 

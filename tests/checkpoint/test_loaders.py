@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
@@ -267,3 +268,41 @@ def test_tiny_checkpoints_have_the_structure_of_the_golden_ones(tmp_path, versio
                 golden.entry(name).shape,
                 golden.entry(name).dtype,
             )
+
+
+def _load_everything(path: Path) -> None:
+    checkpoint = Checkpoint.open(path)
+    load(checkpoint)
+    for loader in (load_video_encoder, load_video_decoder, load_audio_encoder, load_audio_decoder, load_vocoder):
+        loader(checkpoint, "cpu", torch.float32)
+    load_text_connectors(checkpoint, "cpu", torch.float32)
+
+
+def _flip_headers(path: Path, count: int) -> int:
+    """Flip one bit of the header `count` times; how often the file was refused. Anything but a UserError passes on."""
+    content = path.read_bytes()
+    header = 8 + int.from_bytes(content[:8], "little")
+    chooser = random.Random(0)
+    refused = 0
+    for _ in range(count):
+        flipped = bytearray(content)
+        # Half of the flips hit the config, which comes first.
+        flipped[chooser.randrange(header if chooser.random() < 0.5 else 5000)] ^= 1 << chooser.randrange(8)
+        path.write_bytes(flipped)
+        try:
+            _load_everything(path)
+        except UserError as error:
+            refused += 1
+            assert path.name in str(error)
+    return refused
+
+
+def test_flipped_headers_give_clean_errors_or_a_model(tmp_path):
+    write_tiny_checkpoint(tmp_path / "flipped.safetensors")
+    assert _flip_headers(tmp_path / "flipped.safetensors", 20) > 10
+
+
+@pytest.mark.slow
+def test_many_flipped_headers(tmp_path):
+    write_tiny_checkpoint(tmp_path / "flipped.safetensors", "2.0")
+    assert _flip_headers(tmp_path / "flipped.safetensors", 400) > 200

@@ -9,7 +9,7 @@ from ltx2_tuner.checkpoint.components import (
     load_video_encoder,
     load_vocoder,
 )
-from ltx2_tuner.checkpoint.fingerprint import component_id, weights_id
+from ltx2_tuner.checkpoint.fingerprint import component_id
 from ltx2_tuner.checkpoint.safetensors_file import SafetensorsFile, TensorEntry
 from ltx2_tuner.checkpoint.tiny import write_tiny_checkpoint
 from ltx2_tuner.checkpoint.transformer_loader import load_transformer
@@ -27,6 +27,5 @@ __all__ = [
     "load_video_decoder",
     "load_video_encoder",
     "load_vocoder",
-    "weights_id",
     "write_tiny_checkpoint",
 ]

@@ -12,7 +12,7 @@ from torch import Tensor
 from ltx2_tuner.checkpoint.awq_calibration import awq_scales
 from ltx2_tuner.checkpoint.checkpoint import Checkpoint
 from ltx2_tuner.checkpoint.loftq_file import load_loftq, loftq_path
-from ltx2_tuner.checkpoint.precision import PrecisionOptions, effective_format
+from ltx2_tuner.checkpoint.precision import PrecisionOptions
 from ltx2_tuner.checkpoint.transformer_loader import Placement, Transform, load_transformer
 from ltx2_tuner.models.transformer import LTXTransformer
 from ltx2_tuner.quantization import Nf4Linear
@@ -54,7 +54,6 @@ def load_base_model(
     Raises:
         UserError: the checkpoint, the start values or the calibration do not fit.
     """
-    weights = effective_format(checkpoint, options.weights, device)
     work = options.work_device
     scales = None
     if options.awq_alpha is not None:
@@ -66,7 +65,7 @@ def load_base_model(
         loftq = LoftQ(
             options.loftq_rank,
             options.loftq_iterations,
-            weights.nf4_block_size,
+            options.weights.nf4_block_size,
             lambda name: adapted(name.removesuffix(".weight")),
         )
     model = load_transformer(
@@ -74,7 +73,7 @@ def load_base_model(
         variant,
         placement or device,
         dtype,
-        weights=weights,
+        weights=options.weights,
         quantize_device=work,
         transform=transform,
         column_scales=scales,

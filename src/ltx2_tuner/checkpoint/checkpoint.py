@@ -48,8 +48,7 @@ class Checkpoint:
         self._locations: dict[str, _Location] = {}
         for file in self.files:
             self._add(file)
-        given = _json_object(self.metadata.get("config", ""))
-        self.config = complete_config(given, {name: self.entry(name).shape for name in self._locations})
+        self.config = self._complete_config()
         self.version_markers = _markers(self.config)
         self.version = _version(self.config, self.version_markers, self.metadata.get("model_version", ""))
         self.is_nf4 = self.metadata.get("nf4_quantized") == "true"
@@ -99,6 +98,19 @@ class Checkpoint:
         """Module key -> canonical name of the tensors of a component (keys.COMPONENTS)."""
         found = ((component_key(name, component), name) for name in self._locations)
         return {key: name for key, name in found if key is not None}
+
+    def _complete_config(self) -> dict[str, dict]:
+        text = self.metadata.get("config", "{}")
+        try:
+            given = json.loads(text)
+            if not isinstance(given, dict):
+                raise ValueError("it is no JSON object")
+            return complete_config(given, {name: self.entry(name).shape for name in self._locations})
+        except (ValueError, LookupError, ArithmeticError, RecursionError) as error:
+            raise UserError(
+                f"{self.path}: its config is damaged or describes no LTX-2 model ({error}); "
+                "copy or download the file again"
+            ) from error
 
     def _nf4_block_size(self) -> int:
         text = self.metadata.get("nf4_block_size", "32")
@@ -176,12 +188,3 @@ def _version(config: Mapping[str, dict], markers: tuple[str, ...], model_version
     if not markers:
         return "2.0"
     return "2.5" if config.get("transformer", {}).get("ff_bias") is False else "2.3"
-
-
-def _json_object(text: str) -> dict:
-    """The JSON object in a metadata value, empty when it is none (values may be plain strings)."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}

@@ -10,7 +10,7 @@ from torch import nn
 
 from ltx2_tuner.checkpoint.checkpoint import Checkpoint
 from ltx2_tuner.checkpoint.keys import DIT
-from ltx2_tuner.checkpoint.modules import fill, on_meta
+from ltx2_tuner.checkpoint.modules import CONFIG_ERRORS, fill, on_meta
 from ltx2_tuner.errors import UserError
 from ltx2_tuner.models.audio_vae import AudioDecoder, AudioEncoder, AudioVAEConfig
 from ltx2_tuner.models.text import TextConfig, TextConnectors
@@ -88,7 +88,7 @@ def _load(
     try:
         with on_meta():
             module = build()
-    except ValueError as error:
+    except CONFIG_ERRORS as error:
         raise UserError(
             f"{checkpoint.path}: its {component.replace('_', ' ')} is none this program knows ({error}); "
             "give an LTX-2 or LTX-2.3 file"

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 
 from ltx2_tuner.checkpoint.checkpoint import Checkpoint
-from ltx2_tuner.checkpoint.safetensors_file import SafetensorsFile, TensorEntry
+from ltx2_tuner.checkpoint.safetensors_file import TensorEntry
 
 SAMPLE_BYTES = 4096
 _STATISTICS = ("per_channel_statistics.std-of-means", "per_channel_statistics.mean-of-means")
@@ -26,17 +25,6 @@ def component_id(checkpoint: Checkpoint, component: str) -> str:
     }
     entries = {key: checkpoint.entry(name) for key, name in names.items()}
     return fingerprint(entries, lambda key, start, length: checkpoint.read_range(names[key], start, length))
-
-
-def weights_id(files: str | os.PathLike | Iterable[str | os.PathLike]) -> str:
-    """The same id over all tensors of one or more safetensors files (Gemma)."""
-    paths = [files] if isinstance(files, str | os.PathLike) else list(files)
-    owners: dict[str, SafetensorsFile] = {}
-    for path in paths:
-        file = SafetensorsFile(path)
-        owners |= dict.fromkeys(file.tensors, file)
-    entries = {name: file.tensors[name] for name, file in owners.items()}
-    return fingerprint(entries, lambda name, start, length: owners[name].read_range(name, start, length))
 
 
 def fingerprint(entries: Mapping[str, TensorEntry], read: Callable[[str, int, int], bytes]) -> str:

@@ -11,6 +11,9 @@ from ltx2_tuner.checkpoint.checkpoint import Checkpoint
 from ltx2_tuner.checkpoint.keys import COMPONENTS
 from ltx2_tuner.errors import UserError
 
+# What a config with impossible values makes a module's constructor raise.
+CONFIG_ERRORS = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError)
+
 # What the user sets when a component is not in the file.
 _FLAGS = {
     "transformer": "--ltx2_checkpoint",

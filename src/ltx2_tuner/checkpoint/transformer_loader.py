@@ -14,7 +14,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ltx2_tuner.checkpoint.checkpoint import FP8_DTYPES, Checkpoint
-from ltx2_tuner.checkpoint.modules import assign, checked_shapes, on_meta
+from ltx2_tuner.checkpoint.modules import CONFIG_ERRORS, assign, checked_shapes, on_meta
+from ltx2_tuner.checkpoint.precision import effective_format
 from ltx2_tuner.errors import UserError
 from ltx2_tuner.models.transformer import LTXTransformer, TransformerConfig
 from ltx2_tuner.quantization import fp8
@@ -47,7 +48,8 @@ def load_transformer(
 
     Args:
         variant: "av", "video" or "audio": which parts to build and read.
-        device: where tensors live: a device, or a function of the parameter name (`transformer_blocks.3.attn1...`).
+        device: where tensors live: a device, or a function of the parameter name (`transformer_blocks.3.attn1...`);
+            what lies outside the blocks must live where the model computes.
         dtype: compute dtype. Modulation tables stored in float32 stay float32.
         weights: how block matrices are stored; default dense. A pre-quantised nf4 file is always used as it is.
         quantize_device: where weights are quantised; default where they will live.
@@ -91,9 +93,7 @@ class TransformerReader:
         quantize_device: str | torch.device | None = None,
         transform: Transform | None = None,
     ) -> None:
-        config = _config(checkpoint)
-        with on_meta():
-            self.model = LTXTransformer(config, variant)
+        self.model = _empty_model(checkpoint, variant)
         self.names = checked_shapes(checkpoint, "transformer", self.model, _stored_shape(checkpoint))
         if variant == "av":
             _check_unexpected(checkpoint, self.names)
@@ -106,7 +106,7 @@ class TransformerReader:
         self.checkpoint = checkpoint
         self.place = placement if callable(placement) else lambda _name: torch.device(placement)
         self.dtype = dtype
-        self.form = form
+        self.form = effective_format(checkpoint, form, self.place("proj_out.weight"))
         self.quantize_device = quantize_device
         self.transform = transform
         self.column_scales: Mapping[str, Tensor] = {}
@@ -218,14 +218,15 @@ class TransformerReader:
         return fp8.dequantise(self.checkpoint.read(name, device), self._scale(name, device), self.dtype)
 
 
-def _config(checkpoint: Checkpoint) -> TransformerConfig:
+def _empty_model(checkpoint: Checkpoint, variant: str) -> LTXTransformer:
     if checkpoint.version == "2.5":
         raise UserError(
             f"{checkpoint.path}: is an LTX-2.5 checkpoint, which cannot be trained here; give an LTX-2 or LTX-2.3 one"
         )
     try:
-        return TransformerConfig.from_dict(checkpoint.config.get("transformer", {}))
-    except ValueError as error:
+        with on_meta():
+            return LTXTransformer(TransformerConfig.from_dict(checkpoint.config.get("transformer", {})), variant)
+    except CONFIG_ERRORS as error:
         raise UserError(
             f"{checkpoint.path}: its transformer is none this program knows ({error}); give an LTX-2 or LTX-2.3 file"
         ) from error
