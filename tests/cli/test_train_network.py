@@ -1,0 +1,292 @@
+"""ltx2_train_network.py from the command line."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+from ltx2_tuner.cli.ltx2_train_network import build_parser, main
+from ltx2_tuner.cli.training_config import UNAVAILABLE
+from tests.training.tiny import Clip, Workspace, read_json, write_checkpoint, write_workspace
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "ltx2_train_network.py"
+DOCUMENTED = """
+config_file dataset_config dataset_manifest ltx2_mode ltx_mode ltx2_audio_only_model ltx_version ltx_version_check_mode
+cache_check_mode dit vae vae_dtype dit_dtype device seed disable_numpy_memmap mixed_precision fp8_base fp8_scaled
+fp8_scale_mode fp8_compute nf4_base nf4_block_size quantize_device loftq_init loftq_iters awq_calibration awq_alpha
+awq_num_batches vram_budget blocks_to_swap use_pinned_memory_for_block_swap block_swap_h2d_only block_swap_ring_size
+gradient_checkpointing gradient_checkpointing_cpu_offload ffn_chunk_target ffn_chunk_size split_attn_target
+split_attn_mode split_attn_chunk_size split_attn sdpa flash_attn flash3 xformers sage_attn img_in_txt_in_offloading
+compile compile_backend compile_mode compile_dynamic compile_fullgraph compile_cache_size_limit dynamo_backend
+dynamo_mode dynamo_fullgraph dynamo_dynamic cuda_allow_tf32 cuda_cudnn_benchmark network_module network_dim
+network_alpha network_dropout network_args lora_target_preset ic_lora_strategy lycoris_config init_lokr_norm
+network_weights dim_from_weights scale_weight_norms base_weights base_weights_multiplier training_comment no_metadata
+learning_rate audio_lr lr_args optimizer_type optimizer_args max_grad_norm lr_scheduler lr_warmup_steps lr_decay_steps
+lr_scheduler_num_cycles lr_scheduler_power lr_scheduler_timescale lr_scheduler_min_lr_ratio lr_scheduler_type
+lr_scheduler_args gradient_accumulation_steps max_train_steps max_train_epochs max_data_loader_n_workers
+persistent_data_loader_workers ddp_timeout ddp_gradient_as_bucket_view ddp_static_graph full_fp16 full_bf16
+timestep_sampling logit_mean logit_std min_timestep max_timestep preserve_distribution_shape shifted_logit_mode
+shifted_logit_eps shifted_logit_uniform_prob shifted_logit_shift num_timestep_buckets show_timesteps discrete_flow_shift
+sigmoid_scale mode_scale weighting_scheme guidance_scale loss_type huber_delta video_loss_weight audio_loss_weight
+audio_loss_balance_mode audio_loss_balance_min audio_loss_balance_max audio_loss_balance_beta audio_loss_balance_eps
+audio_loss_balance_ema_init audio_loss_balance_target_ratio audio_loss_balance_ema_decay separate_audio_buckets
+audio_bucket_strategy audio_bucket_interval min_audio_batches_per_accum audio_batch_probability caption_dropout_rate
+caption_dropout_mode independent_audio_timestep audio_silence_regularizer audio_silence_regularizer_weight
+audio_supervision_mode audio_supervision_warmup_steps audio_supervision_check_interval audio_supervision_min_ratio
+audio_only_sequence_resolution reference_downscale reference_frames ltx2_first_frame_conditioning_p
+audio_ref_use_negative_positions audio_ref_mask_cross_attention_to_reference
+audio_ref_mask_reference_from_text_attention audio_ref_identity_guidance_scale caption_field debug_dataset
+blank_preservation blank_preservation_args dop dop_args prior_divergence prior_divergence_args audio_dop audio_dop_args
+use_precached_preservation preservation_prompts_cache crepa crepa_args self_flow self_flow_args sample_prompts
+sample_at_first sample_every_n_steps sample_every_n_epochs height width sample_num_frames sample_with_offloading
+sample_tiled_vae sample_vae_tile_size sample_vae_tile_overlap sample_vae_temporal_tile_size
+sample_vae_temporal_tile_overlap sample_merge_audio sample_audio_only sample_disable_audio sample_audio_subprocess
+sample_disable_flash_attn sample_i2v_token_timestep_mask sample_include_reference precache_sample_prompts
+use_precached_sample_prompts sample_prompts_cache use_precached_sample_latents sample_latents_cache sample_two_stage
+spatial_upsampler_path distilled_lora_path sample_stage2_steps vae_chunk_size sample_sampling_preset video_cfg_scale
+audio_cfg_scale video_modality_scale audio_modality_scale video_rescale_scale audio_rescale_scale stg_scale stg_blocks
+validate_every_n_steps validate_every_n_epochs output_dir output_name save_every_n_epochs save_every_n_steps
+save_last_n_epochs save_last_n_steps save_last_n_epochs_state save_last_n_steps_state save_state
+save_state_on_train_end resume autoresume save_precision no_convert_to_comfy no_save_original_lora
+save_checkpoint_metadata metadata_title metadata_author metadata_description metadata_license metadata_tags
+metadata_reso metadata_arch huggingface_repo_id huggingface_repo_type huggingface_path_in_repo huggingface_token
+huggingface_repo_visibility save_state_to_huggingface resume_from_huggingface async_upload logging_dir log_with
+log_prefix log_tracker_name log_tracker_config wandb_run_name wandb_api_key log_config
+log_timestep_distribution_interval nan_check preflight_only ltx2_checkpoint ltx2_text_encoder_checkpoint gemma_root
+gemma_safetensors gemma_load_in_8bit gemma_load_in_4bit gemma_bnb_4bit_quant_type gemma_bnb_4bit_disable_double_quant
+gemma_bnb_4bit_compute_dtype gemma_fp8_weight_offload version
+""".split()  # noqa: SIM905
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("tiny") / "tiny.safetensors")
+
+
+@pytest.fixture
+def space(tmp_path: Path, checkpoint: Path) -> Workspace:
+    return write_workspace(tmp_path, checkpoint)
+
+
+def run_script(*arguments: object, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+    command = [sys.executable, *launcher, str(SCRIPT), *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", env=environment, timeout=240)
+
+
+def errors_of(capsys: pytest.CaptureFixture, *arguments: object) -> str:
+    """Run in this process, expect exit status 1, and return what it printed."""
+    assert main([str(argument) for argument in arguments]) == 1
+    return capsys.readouterr().err
+
+
+def test_plain_python_trains_and_saves(tmp_path, checkpoint):
+    folder = tmp_path / "mäp with spaces"
+    folder.mkdir()
+    space = write_workspace(folder, checkpoint)
+    done = run_script(*space.arguments("--max_train_steps", 2))
+    assert done.returncode == 0, done.stderr
+    names = {path.name for path in space.output.iterdir()}
+    assert names == {"tiny.safetensors", "tiny.comfy.safetensors", "tiny.config.toml"}
+    assert "avr_loss" in done.stderr and "s/step" in done.stderr
+
+
+def test_accelerate_launch(space):
+    launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1")
+    launcher += ("--mixed_precision", "bf16", "--dynamo_backend", "no")
+    arguments = space.arguments("--max_train_steps", 2)
+    place = arguments.index("--mixed_precision")
+    done = run_script(*arguments[:place], *arguments[place + 2 :], launcher=launcher)
+    assert done.returncode == 0, done.stderr
+    with safe_open(space.output / "tiny.safetensors", "pt") as file:
+        assert file.metadata()["ss_mixed_precision"] == "bf16", "the launcher's choice holds where none is typed"
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_adapter(space):
+    """Each rank takes half of the batches; both step on the same gradients and one of them writes."""
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517")
+    done = run_script(*space.arguments("--max_train_steps", 3, "--save_state"), launcher=launcher)
+    assert done.returncode == 0, done.stderr
+    state = read_json(space.output / "tiny-state" / "resume_metadata.json")
+    assert state["global_step"] == 3 and state["epoch"] == 2  # 3 batches on 2 ranks: 2 steps an epoch
+
+
+def test_a_stopped_run_can_go_on(space):
+    """Ctrl-C finishes the step, keeps the state and exits with 130."""
+    if sys.platform == "win32":
+        pytest.skip("signals of this kind do not exist on Windows")
+    arguments = space.arguments("--max_train_steps", 100000, "--save_state", "--save_every_n_steps", 3)
+    command = [sys.executable, str(SCRIPT), *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (space.output / "tiny-step00000003-state").is_dir():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    (folder,) = space.output.glob("tiny-interrupt-step*-state")
+    step = int(folder.name.split("step")[1][:8])
+    done = run_script(*space.arguments("--autoresume", "--max_train_steps", step + 1))
+    assert done.returncode == 0, done.stderr
+    assert f"at step {step}" in done.stderr
+
+
+def test_every_documented_flag_is_known():
+    flags = {flag.removeprefix("--") for flag in build_parser().flags()}
+    assert not set(DOCUMENTED) - flags
+
+
+@pytest.mark.parametrize("name", UNAVAILABLE)
+def test_what_is_not_there_yet_says_so(space, capsys, name):
+    arguments = space.arguments(f"--{name}")
+    action = build_parser()._option_string_actions[f"--{name}"]
+    if action.nargs != 0:
+        arguments.append("1")
+    assert f"--{name} is not available in this version yet" in errors_of(capsys, *arguments)
+
+
+def test_all_mistakes_come_at_once(space, capsys):
+    flags = ["--fp8_base", "--nf4_base", "--min_timestep", 900, "--max_timestep", 100, "--sage_attn"]
+    flags += ["--no_convert_to_comfy", "--no_save_original_lora", "--ltx2_checkpoint", "nowhere.safetensors"]
+    found = errors_of(capsys, *space.arguments(*flags))
+    for part in (
+        "choose one of --fp8_base and --nf4_base",
+        "min_timestep must be below max_timestep (got 900 and 100)",
+        "--sage_attn has no backward pass",
+        "leave nothing to save",
+    ):
+        assert part in found
+    assert "nowhere" not in found, "flags are checked before any file is opened"
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--fp8_scaled"], "--fp8_scaled needs --fp8_base"),
+        (["--loftq_init"], "--loftq_init needs --nf4_base"),
+        (["--nf4_block_size", 24], "nf4_block_size must be 16, 32, 64, 128"),
+        (["--lycoris_config", "x.toml"], "--lycoris_config needs --network_module lycoris.kohya"),
+        (["--ltx2_mode", "av", "--audio_dop", "--audio_silence_regularizer"], "exclude each other"),
+        (["--audio_silence_regularizer"], "--audio_silence_regularizer needs --ltx2_mode av"),
+        (["--min_audio_batches_per_accum", 1, "--audio_batch_probability", 0.5], "exclude each other"),
+        (["--min_audio_batches_per_accum", 3], "--gradient_accumulation_steps 1"),
+        (["--ltx2_mode", "av", "--ic_lora_strategy", "v2v"], "v2v training is video-only"),
+        (["--ic_lora_strategy", "audio_ref_only_ic"], "needs sound"),
+        (["--ic_lora_strategy", "v2v"], "needs reference_directory"),
+        (["--ltx2_audio_only_model"], "--ltx2_audio_only_model needs --ltx2_mode audio"),
+        (["--sample_audio_only", "--sample_disable_audio"], "--sample_audio_only and --sample_disable_audio"),
+        (["--flash_attn", "--xformers"], "keep one attention back end"),
+        (["--blocks_to_swap", 2], "blocks_to_swap must be at most 1 (the model has 2 blocks), got 2"),
+        (["--gradient_checkpointing_cpu_offload"], "needs --gradient_checkpointing"),
+        (["--sample_prompts", SCRIPT, "--sample_at_first"], "samples need --gemma_root"),
+        (["--resume", SCRIPT], "is a file"),
+        (["--ltx_version", "2.0", "--ltx_version_check_mode", "error"], "LTX-2.3 checkpoint"),
+        (["--validate_every_n_steps", 2], "validation"),
+        (["--timestep_sampling", "sigmoid"], "is not available for LTX-2"),
+        (["--dataset_manifest", "x.json"], "one of --dataset_config and --dataset_manifest"),
+        (["--weighting_scheme", "mode"], "remove --weighting_scheme"),
+        (["--audio_loss_weight", -1], "--audio_loss_weight must be ≥ 0 (got -1)"),
+        (["--audio_loss_balance_mode", "inv_freq"], "--audio_loss_balance_mode needs --ltx2_mode av"),
+        (["--ltx2_mode", "av", "--video_loss_weight", 0, "--audio_loss_weight", 0], "both loss weights are 0"),
+        (["--save_last_n_steps", 3], "--save_last_n_steps needs --save_every_n_steps"),
+        (["--dim_from_weights"], "--dim_from_weights needs --network_weights"),
+        (["--num_timestep_buckets", 1], "at least 2"),
+        (["--shifted_logit_eps", 0.5], "below 0.5"),
+        (["--full_bf16"], "--full_bf16 needs --mixed_precision bf16"),
+        (["--caption_dropout_rate", 1.5], "--caption_dropout_rate must lie between 0 and 1"),
+        (["--ltx2_checkpoint", "nowhere.safetensors"], "nowhere.safetensors"),
+        (["--ltx2_mode", "av"], "ltx2_cache_latents.py --ltx2_mode av"),
+        (["--lr_scheduler", "linear", "--lr_warmup_steps", 9], "warmup"),
+    ],
+)
+def test_flags_that_do_not_go_together(space, capsys, flags, expected):
+    assert expected in errors_of(capsys, *space.arguments(*flags))
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--ffn_chunk_size", 4], "--ffn_chunk_target and --ffn_chunk_size work together only"),
+        (["--no_save_original_lora", "--save_state"], "states still hold"),
+        (["--ltx_version", "2.0"], "is an LTX-2.3 checkpoint"),
+        (["--huber_delta", 2], "--huber_delta has no effect"),
+    ],
+)
+def test_flags_without_effect_are_said(space, caplog, flags, expected):
+    assert main(space.arguments(*flags, "--preflight_only")) == 0
+    assert expected in caplog.text
+
+
+def test_unknown_flags_name_the_nearest(space, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(space.arguments("--max_train_stepz", 3))
+    assert stop.value.code == 2
+    assert "did you mean --max_train_steps?" in capsys.readouterr().err
+
+
+def test_caches_of_another_checkpoint_are_refused(tmp_path, space, capsys):
+    other = write_checkpoint(tmp_path / "other.safetensors", seed=5)
+    found = errors_of(capsys, *space.arguments("--ltx2_checkpoint", other))
+    assert "do not fit this run" in found and "ltx2_cache_latents.py" in found
+    assert main(space.arguments("--ltx2_checkpoint", other, "--cache_check_mode", "off", "--preflight_only")) == 0
+
+
+def test_show_timesteps(space, capsys):
+    assert main(space.arguments("--show_timesteps", "console")) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("100000 noise levels for 12 tokens") and len(lines) == 41
+    assert main(space.arguments("--show_timesteps", "image")) == 0
+    assert (space.output / "tiny_timesteps.png").is_file()
+
+
+def test_debug_dataset_lists_one_epoch(space, capsys):
+    assert main(space.arguments("--debug_dataset")) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and all("latents (1, 8, 3, 2, 2)" in line for line in lines)
+
+
+def test_preflight_tries_each_bucket_and_trains_nothing(tmp_path, checkpoint, capsys):
+    space = write_workspace(tmp_path, checkpoint, [Clip(), Clip(grid=(1, 2, 2)), Clip()])
+    assert main(space.arguments("--preflight_only")) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("bucket")]
+    assert len(lines) == 2 and all("loss" in line for line in lines)
+    assert not list(space.output.glob("*.safetensors"))
+
+
+def test_tensorboard_gets_the_documented_names(tmp_path, checkpoint):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    space = write_workspace(tmp_path, checkpoint, [Clip(sound=17)] * 2)
+    logs = tmp_path / "logs"
+    assert main(space.arguments("--ltx2_mode", "av", "--logging_dir", logs, "--log_prefix", "run-")) == 0
+    (folder,) = logs.iterdir()
+    assert folder.name.startswith("run-2")
+    events = EventAccumulator(str(folder / "network_train")).Reload()
+    names = set(events.Tags()["scalars"])
+    losses = ("current", "average", "epoch", "video", "audio", "audio_video_ratio")
+    assert {f"loss/{name}" for name in losses} <= names
+    assert {"lr/unet", "grad_norm/total", "grad_norm/video", "grad_norm/audio", "perf/step_seconds"} <= names
+    assert any(name.startswith("loss_v/sigma_") for name in names)
+
+
+def test_the_effective_configuration_reproduces_the_run(space):
+    assert main(space.arguments("--save_precision", "bf16", "--network_args", "rank_dropout=0.1")) == 0
+    first = (space.output / "tiny.safetensors").read_bytes()
+    config = space.output / "tiny.config.toml"
+    text = config.read_text(encoding="utf-8")
+    assert 'save_precision = "bf16"' in text and "ltx2_mode" in text
+    copy = space.root / "again.toml"
+    copy.write_text(text, encoding="utf-8")
+    assert main(["--config_file", str(copy), "--output_dir", str(space.root / "again")]) == 0
+    second = (space.root / "again" / "tiny.safetensors").read_bytes()
+    assert first[-1000:] == second[-1000:]
