@@ -5,6 +5,8 @@ B batch, T query tokens, S key tokens, H heads, D head width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -12,6 +14,8 @@ from torch.nn import functional as F
 from ltx2_tuner.models.transformer.attention_backends import AttentionFunction, sdpa
 from ltx2_tuner.models.transformer.perturbations import Skip
 from ltx2_tuner.models.transformer.rope import RopeTable, apply_rope
+
+Projection = Callable[["Attention", Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor]]
 
 DEFAULT_QUERY_CHUNK = 1024  # tokens
 
@@ -28,10 +32,17 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps).to(x.dtype)
 
 
+def project_each(attention: Attention, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries of x, keys and values of the context, one product each."""
+    context = x if context is None else context
+    return attention.to_q(x), attention.to_k(context), attention.to_v(context)
+
+
 class Attention(nn.Module):
     """Attention of `query_width` wide tokens to `context_width` wide ones, back to `query_width`.
 
     Attributes:
+        project: queries, keys and values (B, T or S, H*D) of `(attention, x, context)`; context None is x itself.
         attend: the kernel, see `attention_backends`.
         split: None, "batch" (one kernel call per sample) or "query" (groups of `query_chunk` queries).
     """
@@ -49,6 +60,7 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(inner, eps)
         self.to_out = nn.ModuleList([nn.Linear(inner, query_width)])
         self.to_gate_logits = nn.Linear(query_width, heads) if gated else None
+        self.project: Projection = project_each
         self.attend: AttentionFunction = sdpa
         self.split: str | None = None
         self.query_chunk = DEFAULT_QUERY_CHUNK
@@ -70,12 +82,12 @@ class Attention(nn.Module):
             rope: table of the queries, and of the keys unless `key_rope` is given.
             skip: replaces the result by the values, where it says so (self-attention only).
         """
-        context = x if context is None else context
-        value = self._heads(self.to_v(context))
         if skip is not None and skip.keep is None:
-            result = value
+            result = self._heads(self.to_v(x if context is None else context))
         else:
-            query, key = self._heads(self.q_norm(self.to_q(x))), self._heads(self.k_norm(self.to_k(context)))
+            query, key, value = self.project(self, x, context)
+            query, key = self._heads(self.q_norm(query)), self._heads(self.k_norm(key))
+            value = self._heads(value)
             if rope is not None:
                 query, key = apply_rope(query, rope), apply_rope(key, rope if key_rope is None else key_rope)
             result = self._attend(query, key, value, mask)

@@ -5,16 +5,19 @@ B batch, T tokens, S text tokens, K distinct noise levels of a sample, W channel
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ltx2_tuner.models.transformer.attention import Attention
 from ltx2_tuner.models.transformer.config import TransformerConfig
 from ltx2_tuner.models.transformer.feed_forward import FeedForward
 from ltx2_tuner.models.transformer.modulation import Modulation, gate, modulate, norm_modulate, rms_norm
-from ltx2_tuner.models.transformer.perturbations import BlockPerturbations
+from ltx2_tuner.models.transformer.perturbations import BlockPerturbations, Skip
 from ltx2_tuner.models.transformer.rope import RopeTable
 
 # Rows of the modulation tables. The tables of the cross-modal attention hold the scale first, the others the shift.
@@ -48,6 +51,22 @@ class StreamInputs(NamedTuple):
     text_keep: Tensor | None = None  # (B, T, 1)
     cross: CrossInputs | None = None  # None when the other stream is absent
     updated: bool = True  # False: the stream is only attended to
+
+
+def recomputable(part: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A part of a block that with `recompute=True` keeps nothing but its inputs for the backward pass.
+
+    Inside the part and not around it, so that compiling the part compiles the recomputation too: it is fused into the
+    backward pass, and what only the part's result needs is not computed again.
+    """
+
+    @functools.wraps(part)
+    def run(block: BasicAVTransformerBlock, *arguments: object, recompute: bool = False) -> Tensor:
+        if recompute and torch.is_grad_enabled():
+            return checkpoint(part, block, *arguments, use_reentrant=False)
+        return part(block, *arguments)
+
+    return run
 
 
 class BasicAVTransformerBlock(nn.Module):
@@ -89,34 +108,101 @@ class BasicAVTransformerBlock(nn.Module):
         video_inputs: StreamInputs | None,
         audio_inputs: StreamInputs | None,
         perturbations: BlockPerturbations | None = None,
+        *,
+        recompute: bool = False,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Hidden states (B, T, W) of both streams to those after the block; an absent stream is None throughout."""
+        """Hidden states (B, T, W) of both streams to those after the block; an absent stream is None throughout.
+
+        With `recompute` the backward pass makes the activations anew from the inputs of each part.
+        """
         skips = _NOTHING_SKIPPED if perturbations is None else perturbations
         video_runs = video is not None and video_inputs.updated
         audio_runs = audio is not None and audio_inputs.updated
         if video_runs:
-            modulation = Modulation(self.scale_shift_table, video_inputs.levels, video_inputs.index)
-            hidden = norm_modulate(video, modulation, SCALE_SELF, SHIFT_SELF, self.eps)
-            update = self.attn1(hidden, mask=video_inputs.self_bias, rope=video_inputs.rope, skip=skips.skip_video_self)
-            video = gate(video, update, modulation, GATE_SELF)
-            table = self.prompt_scale_shift_table if self.modulates_text else None
-            video = self._read_text(self.attn2, video, video_inputs, modulation, table)
+            video = self.open_video(video, video_inputs, skips.skip_video_self, recompute=recompute)
         if audio_runs:
-            audio_modulation = Modulation(self.audio_scale_shift_table, audio_inputs.levels, audio_inputs.index)
-            hidden = norm_modulate(audio, audio_modulation, SCALE_SELF, SHIFT_SELF, self.eps)
-            update = self.audio_attn1(
-                hidden, mask=audio_inputs.self_bias, rope=audio_inputs.rope, skip=skips.skip_audio_self
-            )
-            audio = gate(audio, update, audio_modulation, GATE_SELF)
-            table = self.audio_prompt_scale_shift_table if self.modulates_text else None
-            audio = self._read_text(self.audio_attn2, audio, audio_inputs, audio_modulation, table)
-        if video is not None and audio is not None and video_inputs.cross is not None:
-            video, audio = self._exchange(video, audio, video_inputs, audio_inputs, skips)
+            audio = self.open_audio(audio, audio_inputs, skips.skip_audio_self, recompute=recompute)
+        opened_video, opened_audio = video, audio
         if video_runs:
-            video = self._feed_forward(self.ff, video, modulation)
+            arguments = (video, opened_audio, video_inputs, audio_inputs, skips.skip_a2v)
+            video = self.close_video(*arguments, recompute=recompute)
         if audio_runs:
-            audio = self._feed_forward(self.audio_ff, audio, audio_modulation)
+            arguments = (audio, opened_video, audio_inputs, video_inputs, skips.skip_v2a)
+            audio = self.close_audio(*arguments, recompute=recompute)
         return video, audio
+
+    # A block has four parts, for those who compile it or run the two streams side by side: `open_*` is attention
+    # within the stream and to its text, `close_*` is attention to the other stream as it was opened and the
+    # feed-forward. Each part depends on one stream's weights alone, but for the tables of the exchange.
+
+    @recomputable
+    def open_video(self, video: Tensor, inputs: StreamInputs, skip: Skip | None) -> Tensor:
+        modulation = Modulation(self.scale_shift_table, inputs.levels, inputs.index)
+        video = self._read_itself(self.attn1, video, inputs, modulation, skip)
+        table = self.prompt_scale_shift_table if self.modulates_text else None
+        return self._read_text(self.attn2, video, inputs, modulation, table)
+
+    @recomputable
+    def open_audio(self, audio: Tensor, inputs: StreamInputs, skip: Skip | None) -> Tensor:
+        modulation = Modulation(self.audio_scale_shift_table, inputs.levels, inputs.index)
+        audio = self._read_itself(self.audio_attn1, audio, inputs, modulation, skip)
+        table = self.audio_prompt_scale_shift_table if self.modulates_text else None
+        return self._read_text(self.audio_attn2, audio, inputs, modulation, table)
+
+    @recomputable
+    def close_video(
+        self,
+        video: Tensor,
+        audio: Tensor | None,
+        inputs: StreamInputs,
+        other: StreamInputs | None,
+        skip: Skip | None,
+    ) -> Tensor:
+        if audio is not None and inputs.cross is not None and not _skips_all(skip):
+            of_video = Modulation(self.scale_shift_table_a2v_ca_video, inputs.cross.levels, inputs.index)
+            of_audio = Modulation(self.scale_shift_table_a2v_ca_audio, other.cross.levels, other.index)
+            update = self.audio_to_video_attn(
+                norm_modulate(video, of_video, A2V_SCALE, A2V_SHIFT, self.eps),
+                norm_modulate(audio, of_audio, A2V_SCALE, A2V_SHIFT, self.eps),
+                mask=other.cross.key_bias,
+                rope=inputs.cross.rope,
+                key_rope=other.cross.rope,
+            )
+            update = _drop(update, other.cross.keep, skip)
+            video = gate(video, update, _cross_gate(of_video.table, inputs.cross), 0)
+        modulation = Modulation(self.scale_shift_table, inputs.levels, inputs.index)
+        return self._feed_forward(self.ff, video, modulation)
+
+    @recomputable
+    def close_audio(
+        self,
+        audio: Tensor,
+        video: Tensor | None,
+        inputs: StreamInputs,
+        other: StreamInputs | None,
+        skip: Skip | None,
+    ) -> Tensor:
+        if video is not None and inputs.cross is not None and not _skips_all(skip):
+            of_audio = Modulation(self.scale_shift_table_a2v_ca_audio, inputs.cross.levels, inputs.index)
+            of_video = Modulation(self.scale_shift_table_a2v_ca_video, other.cross.levels, other.index)
+            update = self.video_to_audio_attn(
+                norm_modulate(audio, of_audio, V2A_SCALE, V2A_SHIFT, self.eps),
+                norm_modulate(video, of_video, V2A_SCALE, V2A_SHIFT, self.eps),
+                mask=other.cross.key_bias,
+                rope=inputs.cross.rope,
+                key_rope=other.cross.rope,
+            )
+            update = _drop(update, other.cross.keep, skip)
+            audio = gate(audio, update, _cross_gate(of_audio.table, inputs.cross), 0)
+        modulation = Modulation(self.audio_scale_shift_table, inputs.levels, inputs.index)
+        return self._feed_forward(self.audio_ff, audio, modulation)
+
+    def _read_itself(
+        self, attention: Attention, x: Tensor, inputs: StreamInputs, modulation: Modulation, skip: Skip | None
+    ) -> Tensor:
+        hidden = norm_modulate(x, modulation, SCALE_SELF, SHIFT_SELF, self.eps)
+        update = attention(hidden, mask=inputs.self_bias, rope=inputs.rope, skip=skip)
+        return gate(x, update, modulation, GATE_SELF)
 
     def _read_text(
         self, attention: Attention, x: Tensor, inputs: StreamInputs, modulation: Modulation, table: Tensor | None
@@ -132,52 +218,21 @@ class BasicAVTransformerBlock(nn.Module):
             update = update * inputs.text_keep
         return gate(x, update, modulation, GATE_TEXT) if self.modulates_text else x + update.to(x.dtype)
 
-    def _exchange(
-        self,
-        video: Tensor,
-        audio: Tensor,
-        video_inputs: StreamInputs,
-        audio_inputs: StreamInputs,
-        skips: BlockPerturbations,
-    ) -> tuple[Tensor, Tensor]:
-        """Attention in both directions; each reads the other stream as it was before either was updated."""
-        video_cross, audio_cross = video_inputs.cross, audio_inputs.cross
-        video_table, audio_table = self.scale_shift_table_a2v_ca_video, self.scale_shift_table_a2v_ca_audio
-        of_video = Modulation(video_table[:CROSS_GATE], video_cross.levels, video_inputs.index)
-        of_audio = Modulation(audio_table[:CROSS_GATE], audio_cross.levels, audio_inputs.index)
-        video_before, audio_before = video, audio
-        if video_inputs.updated and not _skips_all(skips.skip_a2v):
-            update = self.audio_to_video_attn(
-                norm_modulate(video_before, of_video, A2V_SCALE, A2V_SHIFT, self.eps),
-                norm_modulate(audio_before, of_audio, A2V_SCALE, A2V_SHIFT, self.eps),
-                mask=audio_cross.key_bias,
-                rope=video_cross.rope,
-                key_rope=audio_cross.rope,
-            )
-            update = _drop(update, audio_cross.keep, skips.skip_a2v)
-            video = gate(video, update, Modulation(video_table[CROSS_GATE:], video_cross.gate), 0)
-        if audio_inputs.updated and not _skips_all(skips.skip_v2a):
-            update = self.video_to_audio_attn(
-                norm_modulate(audio_before, of_audio, V2A_SCALE, V2A_SHIFT, self.eps),
-                norm_modulate(video_before, of_video, V2A_SCALE, V2A_SHIFT, self.eps),
-                mask=video_cross.key_bias,
-                rope=audio_cross.rope,
-                key_rope=video_cross.rope,
-            )
-            update = _drop(update, video_cross.keep, skips.skip_v2a)
-            audio = gate(audio, update, Modulation(audio_table[CROSS_GATE:], audio_cross.gate), 0)
-        return video, audio
-
     def _feed_forward(self, feed_forward: FeedForward, x: Tensor, modulation: Modulation) -> Tensor:
         hidden = norm_modulate(x, modulation, SCALE_FF, SHIFT_FF, self.eps)
         return gate(x, feed_forward(hidden), modulation, GATE_FF)
 
 
-def _skips_all(skip: object) -> bool:
+def _cross_gate(table: Tensor, cross: CrossInputs) -> Modulation:
+    """The last row of a table of the exchange gates what the stream receives."""
+    return Modulation(table[CROSS_GATE:], cross.gate)
+
+
+def _skips_all(skip: Skip | None) -> bool:
     return skip is not None and skip.keep is None
 
 
-def _drop(update: Tensor, keep: Tensor | None, skip: object) -> Tensor:
+def _drop(update: Tensor, keep: Tensor | None, skip: Skip | None) -> Tensor:
     """Zero the update of samples that have nothing to attend to or whose attention is skipped."""
     if keep is not None:
         update = update * keep

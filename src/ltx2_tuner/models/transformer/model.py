@@ -85,7 +85,9 @@ class LTXTransformer(nn.Module):
     Attributes:
         block_runner: runs one block: `runner(block, index, video, audio, video_inputs, audio_inputs, perturbations)`
             returns the hidden states after it. Replace it to bring a block to the device first. Under gradient
-            checkpointing it is called again, blocks in reverse order, while the backward pass recomputes.
+            checkpointing it is called again, blocks in reverse order, while the backward pass recomputes; unless it
+            has an attribute `recomputes` that is true, then it is called once, with `recompute=True`.
+        before_blocks: None, or called before the first block of every pass.
         block_outputs: None, or called with `(index, video, audio)`, the hidden states after each block.
     """
 
@@ -104,6 +106,7 @@ class LTXTransformer(nn.Module):
             BasicAVTransformerBlock(config, variant) for _ in range(config.num_layers)
         )
         self.block_runner: BlockRunner = run_block
+        self.before_blocks: Callable[[], None] | None = None
         self.block_outputs: Callable[[int, Tensor | None, Tensor | None], None] | None = None
         self._checkpointed: frozenset[int] = frozenset()
         self._saved_inputs: Callable[[], AbstractContextManager] = nullcontext
@@ -168,12 +171,8 @@ class LTXTransformer(nn.Module):
             module.chunk = tokens
 
     def _block_modules(self, target: str, targets: dict[str, tuple[str, ...]]) -> list[nn.Module]:
-        return [
-            getattr(block, name)
-            for block in self.transformer_blocks
-            for name in targets[target]
-            if name in dict(block.named_children())
-        ]
+        names = targets[target]
+        return [getattr(block, name) for block in self.transformer_blocks for name in names if hasattr(block, name)]
 
     def forward(
         self, video: Modality | None, audio: Modality | None, perturbations: Perturbations | None = None
@@ -217,14 +216,19 @@ class LTXTransformer(nn.Module):
             return hidden
         video, audio = hidden.get("video"), hidden.get("audio")
         first = video if video is not None else audio
+        # A block that recomputes itself is compiled with its recomputation, which is faster than recomputing around it.
+        by_itself = getattr(self.block_runner, "recomputes", False) and self._saved_inputs is nullcontext
         for index, block in enumerate(self.transformer_blocks):
             skips = perturbations and perturbations.for_block(index, first.dtype, first.device)
-            arguments = (block, index, video, audio, inputs.get("video"), inputs.get("audio"), skips)
-            if index in self._checkpointed and torch.is_grad_enabled():
+            arguments = (video, audio, inputs.get("video"), inputs.get("audio"), skips)
+            recompute = index in self._checkpointed and torch.is_grad_enabled()
+            if recompute and by_itself:
+                video, audio = self.block_runner(block, index, *arguments, recompute=True)
+            elif recompute:
                 with self._saved_inputs():
-                    video, audio = checkpoint(self.block_runner, *arguments, use_reentrant=False)
+                    video, audio = checkpoint(self.block_runner, block, index, *arguments, use_reentrant=False)
             else:
-                video, audio = self.block_runner(*arguments)
+                video, audio = self.block_runner(block, index, *arguments)
             if self.block_outputs is not None:
                 self.block_outputs(index, video, audio)
         return {"video": video, "audio": audio}
@@ -238,9 +242,7 @@ class LTXTransformer(nn.Module):
             marker = modality.keyframe_marker.unsqueeze(-1) > 0
             x = x + marker * self.keyframes_abs_pos_embedding.to(x.dtype)
         dtype = x.dtype
-        timesteps = modality.timesteps.float()
-        timesteps = timesteps.squeeze(-1) if timesteps.ndim == 3 else timesteps
-        levels, embedding = self.get_submodule(names["adaln"])(timesteps * config.timestep_scale)
+        levels, embedding = self.get_submodule(names["adaln"])(_levels(modality) * config.timestep_scale)
         context = modality.context.to(dtype)
         if not config.caption_proj_before_connector:
             context = self.get_submodule(names["caption"])(context)
@@ -268,9 +270,7 @@ class LTXTransformer(nn.Module):
 
     def _prepare_cross(self, stream: str, own: Modality, other: Modality, dtype: torch.dtype) -> CrossInputs:
         names, config = _NAMES[stream], self.config
-        timesteps = own.timesteps.float()
-        timesteps = timesteps.squeeze(-1) if timesteps.ndim == 3 else timesteps
-        levels, _ = self.get_submodule(names["cross_adaln"])(timesteps * config.timestep_scale)
+        levels, _ = self.get_submodule(names["cross_adaln"])(_levels(own) * config.timestep_scale)
         # Crosswise: what a stream takes from the other depends on how noisy the other is.
         sigma = other.sigma.float().unsqueeze(-1) * config.gate_timestep_scale
         gate, _ = self.get_submodule(names["cross_gate"])(sigma)
@@ -307,6 +307,15 @@ class LTXTransformer(nn.Module):
         return self.get_submodule(names["out"])(modulated.to(x.dtype))
 
 
-def run_block(block: BasicAVTransformerBlock, index: int, *arguments: object) -> BlockOutputs:
+def _levels(modality: Modality) -> Tensor:
+    """Noise levels (B, K) in float32: in a smaller dtype they would be rounded before they are scaled."""
+    timesteps = modality.timesteps.float()
+    return timesteps.squeeze(-1) if timesteps.ndim == 3 else timesteps
+
+
+def run_block(block: BasicAVTransformerBlock, index: int, *arguments: object, recompute: bool = False) -> BlockOutputs:
     """The default block runner: the block is where it has to be."""
-    return block(*arguments)
+    return block(*arguments, recompute=recompute)
+
+
+run_block.recomputes = True
