@@ -39,9 +39,9 @@ def adapted_model() -> LTXTransformer:
     return model
 
 
-def outputs_and_gradients(model: LTXTransformer) -> list[torch.Tensor]:
+def outputs_and_gradients(model: LTXTransformer, device: str = "cpu") -> list[torch.Tensor]:
     """Both velocities and the gradients of everything that trains, and of both latents."""
-    streams = tiny.inputs(model.config)
+    streams = {name: tiny.to(modality, device) for name, modality in tiny.inputs(model.config).items()}
     for modality in streams.values():
         modality.latent.requires_grad_()
     torch.manual_seed(7)
@@ -59,6 +59,22 @@ def test_checkpointing_reproduces_gradients_and_dropout(blocks: list[int] | None
     actual = outputs_and_gradients(model)
     assert len(actual) > 4
     assert all(torch.equal(*pair) for pair in zip(actual, expected))
+
+
+@pytest.mark.parametrize("outside", [False, True], ids=["inside the block", "around the block"])
+def test_compiled_blocks_recompute_the_same_dropout(outside: bool) -> None:
+    model = adapted_model()
+    expected = outputs_and_gradients(model)
+    for block in model.transformer_blocks:
+        block.compile(backend="aot_eager", dynamic=False)
+    if outside:
+        model.block_runner = lambda block, index, *arguments: block(*arguments)
+    plain = outputs_and_gradients(model)
+    model.enable_gradient_checkpointing()
+    recomputed = outputs_and_gradients(model)
+    assert all(torch.equal(*pair) for pair in zip(recomputed, plain))
+    for pair in zip(plain, expected):
+        torch.testing.assert_close(*pair, atol=1e-5, rtol=1e-5)
 
 
 def test_checkpointing_runs_the_chosen_blocks_twice_in_reverse() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 
@@ -82,11 +83,17 @@ def inputs(
     return result
 
 
+def to(modality: Modality, device: str) -> Modality:
+    """The modality with all its tensors on `device`."""
+    return _map(modality, lambda tensor: tensor.to(device))
+
+
 def one_sample(modality: Modality, sample: int) -> Modality:
     """The batch of one that holds `sample` alone."""
-    parts = {
-        field.name: getattr(modality, field.name)[sample : sample + 1]
-        for field in dataclasses.fields(modality)
-        if isinstance(getattr(modality, field.name), torch.Tensor)
-    }
-    return dataclasses.replace(modality, **parts)
+    return _map(modality, lambda tensor: tensor[sample : sample + 1])
+
+
+def _map(modality: Modality, change: Callable[[torch.Tensor], torch.Tensor]) -> Modality:
+    values = {field.name: getattr(modality, field.name) for field in dataclasses.fields(modality)}
+    changed = {name: change(value) for name, value in values.items() if isinstance(value, torch.Tensor)}
+    return dataclasses.replace(modality, **changed)
