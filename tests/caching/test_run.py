@@ -49,6 +49,12 @@ def test_finished_journal_is_gone(tmp_path):
     assert not list((tmp_path / "new folder").iterdir())
 
 
+def test_unusable_cache_directory_is_named(tmp_path):
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    with pytest.raises(UserError, match=r"cache.*journal: cannot be written .*check the cache directory"):
+        Journal(tmp_path / "cache", "text", {})
+
+
 def test_disk_check_counts_what_is_added(tmp_path, monkeypatch):
     Usage = namedtuple("Usage", "total used free")
     monkeypatch.setattr(run.shutil, "disk_usage", lambda path: Usage(2000, 1000, 1000))

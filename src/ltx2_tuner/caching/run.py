@@ -24,7 +24,7 @@ from ltx2_tuner.checkpoint.safetensors_file import SafetensorsFile
 from ltx2_tuner.data.cache_files import ARCHITECTURE
 from ltx2_tuner.data.cache_names import REPORT_NAME
 from ltx2_tuner.errors import UserError
-from ltx2_tuner.files import write_json
+from ltx2_tuner.files import write_json, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -52,10 +52,13 @@ class Journal:
         text = json.dumps(settings, sort_keys=True, default=str)
         head = json.dumps({"settings": hashlib.sha256(text.encode()).hexdigest()})
         self.done: set[str] = self._read(head)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         # Written anew: a torn last line of the interrupted run must not swallow the next name.
-        self._file = open(self.path, "w", encoding="utf-8", newline="\n")  # noqa: SIM115
-        self._append(head, *map(json.dumps, sorted(self.done)))
+        lines = (head, *map(json.dumps, sorted(self.done)))
+        try:
+            write_text(self.path, "".join(f"{line}\n" for line in lines))
+            self._file = open(self.path, "a", encoding="utf-8", newline="\n")  # noqa: SIM115
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written ({error.strerror}); check the cache directory") from error
 
     def _read(self, head: str) -> set[str]:
         try:
@@ -77,11 +80,8 @@ class Journal:
     def add(self, name: str) -> None:
         """Note that the file (or item) `name` is complete."""
         self.done.add(name)
-        self._append(json.dumps(name))
-
-    def _append(self, *lines: str) -> None:
         try:
-            self._file.write("".join(f"{line}\n" for line in lines))
+            self._file.write(json.dumps(name) + "\n")
             self._file.flush()
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written ({error.strerror}); free some space and go on") from error
