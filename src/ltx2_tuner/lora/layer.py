@@ -26,18 +26,19 @@ from ltx2_tuner.quantization.frozen import FrozenLinear
 class _AdaptedProduct(torch.autograd.Function):
     """base(x) + scale · ((x downᵀ) · mask) upᵀ as one node.
 
-    Kept for backward: x itself and the r columns of the hidden product, no float32 copies and no base output. The
-    base's product and input gradient come from the layer, as do its tensors at the time of backward (block streaming).
+    Kept for backward: x itself, the r columns of the hidden product and the two matrices in x's dtype; no float32
+    copies and no base output. The base's product and input gradient come from the layer, which also has its tensors
+    in place again at the time of backward (block streaming).
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, down: Tensor, up: Tensor, layer: FrozenLinear, scale: float, mask: Tensor | None):
-        hidden = F.linear(x, down.to(x.dtype))  # (..., r)
-        if mask is not None:
-            hidden = hidden * mask
+        ctx.dtypes = down.dtype, up.dtype
+        down, up = down.to(x.dtype), up.to(x.dtype)
+        hidden = _hidden(x, down, scale, mask)
         out = layer.product(x)
         rows = out.view(-1, out.shape[-1])
-        rows.addmm_(hidden.reshape(-1, hidden.shape[-1]), up.to(x.dtype).t(), alpha=scale)
+        rows.addmm_(hidden.reshape(-1, hidden.shape[-1]), up.t())
         ctx.save_for_backward(x, hidden, down, up, mask)
         ctx.layer, ctx.scale = layer, scale
         return torch.ops.aten._unsafe_view(out, out.shape)  # no view, so that whoever comes next may write into it
@@ -47,17 +48,28 @@ class _AdaptedProduct(torch.autograd.Function):
         x, hidden, down, up, mask = ctx.saved_tensors
         rows = grad.reshape(-1, grad.shape[-1])  # (N, out)
         hidden_rows = hidden.reshape(-1, hidden.shape[-1])  # (N, r)
-        grad_hidden = (rows @ up.to(grad.dtype)).mul_(ctx.scale)
-        grad_up = (rows.t() @ hidden_rows).mul_(ctx.scale).to(up.dtype) if ctx.needs_input_grad[2] else None
+        grad_hidden = rows @ up
+        if ctx.scale != 1.0:
+            grad_hidden.mul_(ctx.scale)
         if mask is not None:
             grad_hidden = (grad_hidden.view(hidden.shape) * mask).view(hidden_rows.shape)
-        grad_x = grad_down = None
+        grad_x = grad_down = grad_up = None
+        if ctx.needs_input_grad[2]:
+            grad_up = (rows.t() @ hidden_rows).to(ctx.dtypes[1])
         if ctx.needs_input_grad[1]:
-            grad_down = (grad_hidden.t() @ x.reshape(-1, x.shape[-1])).to(down.dtype)
+            grad_down = (grad_hidden.t() @ x.reshape(-1, x.shape[-1])).to(ctx.dtypes[0])
         if ctx.needs_input_grad[0]:
             grad_x = ctx.layer.input_gradient(grad)
-            grad_x.view(-1, grad_x.shape[-1]).addmm_(grad_hidden, down.to(grad.dtype))
+            grad_x.view(-1, grad_x.shape[-1]).addmm_(grad_hidden, down)
         return grad_x, grad_down, grad_up, None, None, None
+
+
+def _hidden(x: Tensor, down: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+    """scale · (x downᵀ) · mask, (..., r); a scale of 1, which alpha = rank gives, costs nothing."""
+    hidden = F.linear(x, down)
+    if mask is not None:
+        hidden = hidden * mask
+    return hidden if scale == 1.0 else hidden * scale
 
 
 class _Matrix(nn.Module):
@@ -105,6 +117,7 @@ class LoRAAdapter(nn.Module):
         self.multiplier = 1.0
         self.enabled = True
         self.compute_dtype: torch.dtype | None = None
+        self.copies: tuple[Tensor, Tensor] | None = None  # what stands for both matrices in a pass (see `joint`)
 
     @property
     def scale(self) -> float:
@@ -141,7 +154,7 @@ class LoRAAdapter(nn.Module):
         if not self.is_active:
             return base(x)
         scale = self.multiplier * self.scale
-        down, up = self.lora_down.weight, self.lora_up.weight
+        down, up = self.copies or (self.lora_down.weight, self.lora_up.weight)
         autocast = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
         dtype = self.compute_dtype or autocast or down.dtype
         fused = isinstance(base, FrozenLinear) and dtype == (autocast or x.dtype)
@@ -154,7 +167,8 @@ class LoRAAdapter(nn.Module):
             hidden, mask = F.linear(x, down.to(dtype)), self._mask(x)
             if mask is not None:
                 hidden = hidden * mask
-            return (out + F.linear(hidden * scale, up.to(dtype))).to(out.dtype)
+            hidden = hidden if scale == 1.0 else hidden * scale
+            return (out + F.linear(hidden, up.to(dtype))).to(out.dtype)
 
     def _mask(self, x: Tensor) -> Tensor | None:
         """The product of the three dropouts' masks, broadcastable to down(x), or None when none is drawn."""

@@ -1,0 +1,226 @@
+"""Fast training of attached adapters: their matrices are cast once a pass, and those of one input multiply together.
+
+Adapters keep float32 masters. Cast at each use, they cost a kernel per matrix in forward and another in backward;
+three adapters on q, k and v of one input cost three products where one does. So each pass makes one flat copy of all
+masters in the compute dtype, laid out such that the matrices of a group of adapters are neighbours.
+
+T tokens, n adapters of a group, r rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ltx2_tuner.lora.layer import LoRAAdapter, LoRALinear
+from ltx2_tuner.lora.network import LoRANetwork
+from ltx2_tuner.models.transformer.attention import Attention
+from ltx2_tuner.models.transformer.model import ATTENTION_TARGETS
+from ltx2_tuner.quantization import FrozenLinear
+from ltx2_tuner.quantization.joint import join
+
+
+@dataclass(eq=False)
+class AdapterGroup:
+    """Adapters (one or more) of equal shape whose layers read the same input.
+
+    down (n * r, in) and up (n, out, r) are the working copies of the current pass.
+    """
+
+    adapters: tuple[LoRAAdapter, ...]
+    down: Tensor | None = None
+    up: Tensor | None = None
+
+    @property
+    def strengths(self) -> tuple[float, ...]:
+        """alpha / r times the multiplier of each, 0 for those that are switched off."""
+        return tuple(a.multiplier * a.scale if a.is_active else 0.0 for a in self.adapters)
+
+    def masters(self) -> list[nn.Parameter]:
+        """The down matrices, then the up matrices."""
+        return [a.lora_down.weight for a in self.adapters] + [a.lora_up.weight for a in self.adapters]
+
+    def shapes(self) -> tuple[tuple[int, int], tuple[int, int, int]]:
+        """Of `down` and `up`."""
+        first, count = self.adapters[0], len(self.adapters)
+        return (count * first.rank, first.in_features), (count, first.out_features, first.rank)
+
+    def use(self, down: Tensor, up: Tensor) -> None:
+        self.down, self.up = down, up
+        for index, adapter in enumerate(self.adapters):
+            adapter.copies = (down.unflatten(0, (len(self.adapters), -1))[index], up[index])
+
+    def add(self, x: Tensor, outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The adapters of x (..., in) added to the outputs (..., out) of their layers."""
+        strength = self.strengths[0]
+        count = len(self.adapters)
+        with torch.autocast(x.device.type, enabled=False):
+            hidden = F.linear(x.to(self.down.dtype).reshape(-1, x.shape[-1]), self.down)  # (T, n * r)
+            if strength != 1.0:
+                hidden = hidden * strength
+            hidden = hidden.unflatten(1, (count, -1)).transpose(0, 1)  # (n, T, r)
+            added = torch.bmm(hidden, self.up.transpose(1, 2))  # (n, T, out)
+        return tuple((out + part.view(out.shape)).to(out.dtype) for out, part in zip(outputs, added.unbind()))
+
+
+class JointLinear:
+    """Layers of a module that read the same input, as one call.
+
+    They are looked up at each call: adapters may come and go between calls.
+    """
+
+    def __init__(self, parent: nn.Module, names: Sequence[str]) -> None:
+        self.parent, self.names = parent, tuple(names)
+        layers = [getattr(parent, name) for name in names]
+        self.bases = [_base(layer) for layer in layers]
+        self.base: FrozenLinear | None = join(self.bases)
+        adapters = [layer.adapter for layer in layers if isinstance(layer, LoRALinear) and layer.base is _base(layer)]
+        self.group = AdapterGroup(tuple(adapters)) if len(adapters) == len(layers) and _alike(adapters) else None
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+        """x (..., in) -> the output (..., out) of each layer."""
+        layers = [getattr(self.parent, name) for name in self.names]
+        if self.base is None:
+            outputs = [base(x) for base in self.bases]
+        else:
+            outputs = self.base(x).split([base.out_features for base in self.bases], dim=-1)
+        if self._adds_group(layers):
+            return self.group.add(x, outputs)
+        return tuple(_add_adapters(layer, x, out) for layer, out in zip(layers, outputs))
+
+    def _adds_group(self, layers: Sequence[nn.Module]) -> bool:
+        """Whether the group's adapters are the ones in place, and act alike."""
+        group = self.group
+        if group is None or group.down is None or any(s != group.strengths[0] for s in group.strengths):
+            return False
+        if group.strengths[0] == 0.0:
+            return False
+        return all(
+            isinstance(layer, LoRALinear) and layer.adapter is adapter and layer.base is base
+            for layer, adapter, base in zip(layers, group.adapters, self.bases)
+        )
+
+
+class JointProjection:
+    """`Attention.project` with the layers of one input as one: q, k and v of self-attention, k and v of another."""
+
+    def __init__(self, attention: Attention, reads_itself: bool) -> None:
+        self.reads_itself = reads_itself
+        self.joint = JointLinear(attention, ("to_q", "to_k", "to_v") if reads_itself else ("to_k", "to_v"))
+
+    def __call__(self, attention: Attention, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        if self.reads_itself:
+            return self.joint(x)
+        return (attention.to_q(x), *self.joint(context))
+
+
+class WorkingCopies:
+    """Copies of all matrices of a network in the compute dtype, made anew by each call; gradients reach the masters."""
+
+    def __init__(self, groups: Sequence[AdapterGroup], dtype: torch.dtype) -> None:
+        self.groups, self.dtype = tuple(groups), dtype
+        self.masters = [master for group in self.groups for master in group.masters()]
+        self.shapes = [shape for group in self.groups for shape in group.shapes()]
+        self.counts = [len(group.adapters) for group in self.groups for _ in group.shapes()]
+
+    def __call__(self) -> None:
+        copies = iter(_Copy.apply(self.dtype, self.shapes, self.counts, *self.masters))
+        for group in self.groups:
+            group.use(next(copies), next(copies))
+
+
+class _Copy(torch.autograd.Function):
+    """Masters -> for each group of them (`counts` masters) one tensor of `shapes`, in a flat copy of another dtype."""
+
+    @staticmethod
+    def forward(
+        ctx, dtype: torch.dtype, shapes: list[tuple[int, ...]], counts: list[int], *masters: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.counts, ctx.shapes, ctx.dtype = counts, [master.shape for master in masters], masters[0].dtype
+        ctx.set_materialize_grads(False)
+        flat = torch.empty(sum(master.numel() for master in masters), dtype=dtype, device=masters[0].device)
+        torch._foreach_copy_(_views(flat, ctx.shapes), list(masters))
+        return tuple(_views(flat, shapes))
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        found: dict[int, Tensor] = {}  # index of a master -> its gradient, as far as there is one
+        first = 0
+        for grad, count in zip(grads, ctx.counts):
+            if grad is not None:
+                rows = grad.reshape(count, *ctx.shapes[first])
+                found |= {first + index: rows[index] for index in range(count)}
+            first += count
+        shapes = [ctx.shapes[index] for index in found]
+        flat = torch.empty(
+            sum(shape.numel() for shape in shapes), dtype=ctx.dtype, device=next(iter(found.values())).device
+        )
+        results = _views(flat, shapes)
+        torch._foreach_copy_(results, list(found.values()))
+        by_master = dict(zip(found, results))
+        return None, None, None, *(by_master.get(index) for index in range(first))
+
+
+def _views(flat: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Consecutive pieces of a flat tensor that autograd takes for tensors of their own."""
+    result, offset = [], 0
+    for shape in shapes:
+        size = torch.Size(shape)
+        view = flat.new_empty(0).set_(flat.untyped_storage(), offset, size)
+        result.append(view)
+        offset += size.numel()
+    return result
+
+
+def join_adapters(model: nn.Module, network: LoRANetwork, dtype: torch.dtype) -> WorkingCopies:
+    """Make an attached network fast: joint projections in all attentions, working copies of its adapters.
+
+    The model's `before_blocks` makes the copies from now on. Call it once, when the weights are where they will stay
+    (blocks that move between host and device keep their own layers: their tensors are rebound, a joint one is not).
+
+    Args:
+        dtype: what adapters multiply in.
+    """
+    groups, grouped = [], set()
+    for block in model.transformer_blocks:
+        for name in ATTENTION_TARGETS["all"]:
+            if hasattr(block, name):
+                attention = getattr(block, name)
+                projection = JointProjection(attention, name in ATTENTION_TARGETS["self"])
+                attention.project = projection
+                group = projection.joint.group
+                if group is not None:
+                    groups.append(group)
+                    grouped.update(group.adapters)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # the weights that the joint ones replaced would stay reserved piece by piece
+    groups += [AdapterGroup((adapter,)) for _, adapter in network.adapters() if adapter not in grouped]
+    copies = WorkingCopies(groups, dtype)
+    network.set_compute_dtype(dtype)
+    model.before_blocks = copies
+    return copies
+
+
+def _base(layer: nn.Module) -> nn.Module:
+    """The frozen layer under any number of adapters."""
+    while isinstance(layer, LoRALinear):
+        layer = layer.base
+    return layer
+
+
+def _add_adapters(layer: nn.Module, x: Tensor, out: Tensor) -> Tensor:
+    """What `layer` returns, given the output of its frozen base."""
+    if not isinstance(layer, LoRALinear):
+        return out
+    out = _add_adapters(layer.base, x, out)
+    return layer.adapter(x, lambda _: out)
+
+
+def _alike(adapters: Sequence[LoRAAdapter]) -> bool:
+    """Whether one product can stand for those of all adapters."""
+    kinds = {(a.in_features, a.out_features, a.rank, a.alpha_value) for a in adapters}
+    return len(kinds) == 1 and not any(a.dropout or a.rank_dropout or a.module_dropout for a in adapters)
