@@ -14,7 +14,7 @@ from tests.caching.text_world import World, digests, make_models
 
 # Imports once, then runs the script in forked children, so that a kill costs a second and hits the work.
 DRIVER = """
-import json, os, random, shutil, signal, sys, time
+import json, os, random, signal, sys, time
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
@@ -32,19 +32,26 @@ def start(arguments):
         os._exit(script.main(arguments))
     return child
 
+def at_work(child, journal):
+    while not journal.exists() and os.waitpid(child, os.WNOHANG) == (0, 0):
+        time.sleep(0.002)
+
 job = json.loads(sys.argv[1])
-cache, journal = Path(job["cache"]), Path(job["cache"]) / "ltx2_cache_text.journal"
+journals = {name: Path(job[name]) / "ltx2_cache_text.journal" for name in ("whole_cache", "cache")}
 draw = random.Random(job["seed"])
+child = start(job["whole"])
+at_work(child, journals["whole_cache"])
 begin = time.monotonic()
-assert os.waitpid(start(job["whole"]), 0)[1] == 0
+assert os.waitpid(child, 0)[1] == 0
 length = time.monotonic() - begin
 killed_at_work = 0
 for _ in range(job["kills"]):
     child = start(job["arguments"])
-    time.sleep(draw.uniform(0, length))
+    at_work(child, journals["cache"])
+    time.sleep(draw.uniform(0, 0.7 * length))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    killed_at_work += journal.exists()
+    killed_at_work += journals["cache"].exists()
 assert os.waitpid(start(job["arguments"]), 0)[1] == 0
 print(killed_at_work)
 """
@@ -65,6 +72,7 @@ def kill_and_compare(folder: Path, kills: int, rounds: int, seed: int) -> int:
         world = World(folder / f"killed {number}", models).create(captions)
         job = {
             "cache": str(world.cache),
+            "whole_cache": str(whole.cache),
             "whole": whole.arguments(*flags),
             "arguments": world.arguments(*flags),
             "kills": kills,
