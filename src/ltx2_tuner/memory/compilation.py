@@ -1,7 +1,7 @@
 """Compiling the transformer block by block.
 
-All blocks share one code object, so one compilation serves all of them; a new bucket shape costs one more. Blocks are
-compiled with static shapes: the kernels are faster, and the number of shapes is the number of buckets.
+All blocks share their code, so one compilation of a part serves all of them; a new bucket shape costs one more. Parts
+are compiled with static shapes: the kernels are faster, and the number of shapes is the number of buckets.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ logger = logging.getLogger(__name__)
 
 # One entry a bucket shape, times grad and no-grad, times train and eval.
 CACHE_ENTRIES = 64
+PARTS = ("open_video", "open_audio", "close_video", "close_audio")
 
 
 def compiler_works(device: torch.device) -> bool:
@@ -31,6 +32,7 @@ def compiler_works(device: torch.device) -> bool:
 def compile_blocks(
     blocks: nn.ModuleList,
     *,
+    by_part: bool = True,
     backend: str = "inductor",
     mode: str | None = None,
     dynamic: bool | None = False,
@@ -40,6 +42,7 @@ def compile_blocks(
     """Compile each block in place, after adapters are attached.
 
     Args:
+        by_part: compile the parts of a block, which `TwoStreams` calls one by one, instead of the block as one.
         mode: torch.compile's mode; None is its default.
         dynamic: False compiles each shape anew, True and None let torch make shapes symbolic.
         cache_entries: compilations kept before torch falls back to eager; too few of them turn a run with many
@@ -49,5 +52,10 @@ def compile_blocks(
     torch._dynamo.config.accumulated_cache_size_limit = max(
         torch._dynamo.config.accumulated_cache_size_limit, len(blocks) * cache_entries
     )
+    keywords = {"backend": backend, "mode": mode, "dynamic": dynamic, "fullgraph": fullgraph}
     for block in blocks:
-        block.compile(backend=backend, mode=mode, dynamic=dynamic, fullgraph=fullgraph)
+        if not by_part:
+            block.compile(**keywords)
+            continue
+        for name in PARTS:
+            setattr(block, name, torch.compile(getattr(block, name), **keywords))

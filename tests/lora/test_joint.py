@@ -1,0 +1,153 @@
+"""Joint projections and working copies change nothing but the number of products."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from ltx2_tuner.lora import LoRALinear, LoRANetwork, Targets, select_layers
+from ltx2_tuner.lora.joint import WorkingCopies, join_adapters
+from ltx2_tuner.memory.compilation import compile_blocks
+from ltx2_tuner.models.transformer import LTXTransformer
+from ltx2_tuner.quantization import Fp8Linear
+from ltx2_tuner.quantization.formats import WeightFormat, freeze
+from tests.models.transformer import tiny
+
+
+def adapted(version: str = "2.3", **settings: object) -> tuple[LTXTransformer, LoRANetwork]:
+    model = tiny.model(
+        version,
+        attention_head_dim=32,
+        audio_attention_head_dim=16,
+        cross_attention_dim=64,
+        audio_cross_attention_dim=32,
+    )
+    network = LoRANetwork(select_layers(model, Targets("av", "t2v")), 4, alphas=2.0, **settings)
+    generator = torch.Generator().manual_seed(3)
+    for parameter in network.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2
+    network.attach(model)
+    return model.train(), network.train()
+
+
+def step(model: LTXTransformer, network: LoRANetwork, **streams: object) -> list[torch.Tensor]:
+    """Velocities, and the gradients of all adapters."""
+    streams = streams or tiny.inputs(model.config)
+    network.zero_grad(set_to_none=True)
+    velocities = [velocity for velocity in model(**streams) if velocity is not None]
+    sum(velocity.float().square().mean() for velocity in velocities).backward()
+    grads = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
+    return [*(velocity.detach() for velocity in velocities), *grads]
+
+
+def assert_alike(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    assert len(actual) == len(expected) > 4
+    for pair in zip(actual, expected):
+        torch.testing.assert_close(*pair, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("version", ["2.0", "2.3"])
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+def test_joint_projections_give_the_same_step(version: str, recompute: bool) -> None:
+    model, network = adapted(version)
+    expected = step(model, network)
+    names = list(model.state_dict())
+    weight = model.transformer_blocks[0].attn1.to_k.weight.clone()
+    join_adapters(model, network, torch.float32)
+    model.enable_gradient_checkpointing(recompute)
+    assert_alike(step(model, network), expected)
+    assert list(model.state_dict()) == names
+    attention = model.transformer_blocks[0].attn1
+    assert torch.equal(attention.to_k.weight, weight)
+    storages = {layer.weight.untyped_storage().data_ptr() for layer in (attention.to_q, attention.to_k, attention.to_v)}
+    assert len(storages) == 1, "the joint weight must not be a second copy"
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+def test_compiled_parts_give_the_same_step_without_graph_breaks(recompute: bool) -> None:
+    model, network = adapted()
+    expected = step(model, network)
+    join_adapters(model, network, torch.float32)
+    model.enable_gradient_checkpointing(recompute)
+    torch._dynamo.reset()
+    compile_blocks(model.transformer_blocks, backend="aot_eager", fullgraph=True)
+    assert_alike(step(model, network), expected)
+
+
+def test_dropout_and_differing_ranks_keep_adapters_apart() -> None:
+    model = tiny.model()
+    layers = select_layers(model, Targets("av", "t2v"))
+    ranks = {path: 2 if path.endswith("to_v") else 3 for path in layers}
+    network = LoRANetwork(layers, ranks).attach(model).train()
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    expected = step(model.train(), network)
+    copies = join_adapters(model, network, torch.float32)
+    assert all(len(group.adapters) == 1 for group in copies.groups)
+    assert_alike(step(model, network), expected)
+
+
+def test_masters_stay_float32_and_get_float32_gradients() -> None:
+    model, network = adapted()
+    expected = step(model, network)
+    join_adapters(model, network, torch.bfloat16)
+    actual = step(model, network)
+    assert {parameter.dtype for parameter in network.parameters()} == {torch.float32}
+    for rounded, exact in zip(actual[2:], expected[2:]):
+        assert rounded.dtype == torch.float32
+        assert torch.nn.functional.cosine_similarity(rounded.flatten(), exact.flatten(), dim=0) > 0.995
+
+
+def test_switches_and_detaching_are_seen_by_joint_projections() -> None:
+    model, network = adapted()
+    streams = tiny.inputs(model.config)
+    network.set_multiplier(0.5)
+    halved = model(**streams)
+    with network.disabled():
+        plain = model(**streams)
+    join_adapters(model, network, torch.float32)
+    torch.testing.assert_close(model(**streams), halved)
+    with network.disabled():
+        torch.testing.assert_close(model(**streams), plain)
+    network.detach()
+    assert not any(isinstance(module, LoRALinear) for module in model.modules())
+    torch.testing.assert_close(model(**streams), plain)
+
+
+def test_adapters_that_a_pass_does_not_reach_get_no_gradient() -> None:
+    model, network = adapted()
+    join_adapters(model, network, torch.float32)
+    step(model, network, video=tiny.inputs(model.config)["video"], audio=None)
+    for name, parameter in network.named_parameters():
+        assert (parameter.grad is None) == ("audio" in name), name
+
+
+@pytest.mark.parametrize("keep_transposed", [False, True])
+def test_fp8_layers_of_one_input_are_joined(keep_transposed: bool) -> None:
+    model, network = adapted()
+    form = WeightFormat("fp8", "row", fp8_compute=True, keep_transposed=keep_transposed)
+    for layer in (m for m in model.transformer_blocks.modules() if isinstance(m, LoRALinear)):
+        layer.base = freeze("", layer.base.weight.data, layer.base.bias.data, form, torch.float32)
+    expected = step(model, network)
+    join_adapters(model, network, torch.float32)
+    to_q = model.transformer_blocks[0].attn1.to_q.base
+    assert isinstance(to_q, Fp8Linear)
+    assert to_q.codes.untyped_storage().nbytes() == 3 * to_q.codes.numel()
+    for name, (actual, wanted) in enumerate(zip(step(model, network), expected)):
+        # The joint gradient is quantised with one scale for q, k and v.
+        assert torch.nn.functional.cosine_similarity(actual.flatten(), wanted.flatten(), dim=0) > 0.99, name
+
+
+def test_working_copies_survive_a_second_pass_before_the_first_backward() -> None:
+    model, network = adapted()
+    copies = join_adapters(model, network, torch.float32)
+    assert isinstance(copies, WorkingCopies)
+    streams = tiny.inputs(model.config)
+    first = sum(v.square().mean() for v in model(**streams))
+    second = sum(v.square().mean() for v in model(**streams))
+    (first + second).backward()
+    doubled = [parameter.grad.clone() for parameter in network.parameters()]
+    single = step(model, network)[2:]
+    for pair in zip(doubled, single):
+        torch.testing.assert_close(pair[0], 2 * pair[1], rtol=1e-5, atol=1e-6)
