@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
+import logging
 import os
 from collections.abc import Mapping, Sequence
 
@@ -12,7 +14,9 @@ from torch import nn
 from ltx2_tuner.errors import UserError, did_you_mean
 from ltx2_tuner.lora import Dropouts, LoRAFile, LoRANetwork, Targets, load_lora, save_original, select_layers, table_of
 from ltx2_tuner.lora.groups import LearningRates, parameter_groups
-from ltx2_tuner.lora.targets import describe
+from ltx2_tuner.lora.targets import describe, group_of, runs_in
+
+logger = logging.getLogger(__name__)
 
 # Keys of --network_args; upstream's convolution keys are known and have nothing to act on.
 ARGUMENTS = ("include_patterns", "exclude_patterns", "loraplus_lr_ratio", "rank_dropout", "module_dropout", "verbose")
@@ -100,17 +104,15 @@ def create_network(
         UserError: see `parse_arguments` and `targets.select_layers`.
     """
     found = parse_arguments(network_args)
-    targets = Targets(mode, preset, found.get("include_patterns"), found.get("exclude_patterns", ()))
     network = LTX2LoRA(
-        select_layers(transformer, targets),
+        select_layers(transformer, targets_of(network_args, mode, preset)),
         dim or 32,
         alpha,
         dropouts=_dropouts(neuron_dropout, found),
         multiplier=multiplier,
         seed=seed,
     )
-    network.loraplus_lr_ratio = found.get("loraplus_lr_ratio")
-    return network
+    return _finish(network, found)
 
 
 def create_network_from_weights(
@@ -120,18 +122,39 @@ def create_network_from_weights(
     text_encoders: object,
     transformer: nn.Module,
     neuron_dropout: float | None = None,
+    *,
+    mode: str = "av",
     **network_args: str,
 ) -> LTX2LoRA:
-    """A network whose layers, ranks, alphas and values come from a file of any format; not attached yet."""
+    """A network whose layers, ranks, alphas and values come from a file of any format; not attached yet.
+
+    Layers of the blocks that do not run in `mode` are left out.
+    """
     found = parse_arguments(network_args)
     lora = file if isinstance(file, LoRAFile) else load_lora(file, table_of(transformer))
+    if mode != "av":
+        running = {path: m for path, m in lora.modules.items() if runs_in(group_of(path), mode)}
+        lora = dataclasses.replace(lora, modules=running)
     network = LTX2LoRA.from_file(
         transformer,
         lora,
         multiplier=multiplier,
         dropouts=_dropouts(neuron_dropout, found),
     )
+    return _finish(network, found)
+
+
+def targets_of(network_args: Mapping[str, str], mode: str, preset: str) -> Targets:
+    """What --network_args, mode and preset select."""
+    found = parse_arguments(network_args)
+    return Targets(mode, preset, found.get("include_patterns"), found.get("exclude_patterns", ()))
+
+
+def _finish(network: LTX2LoRA, found: Mapping[str, object]) -> LTX2LoRA:
     network.loraplus_lr_ratio = found.get("loraplus_lr_ratio")
+    if found.get("verbose"):
+        for path, adapter in network.adapters():
+            logger.info("%s: rank %d, alpha %g", path, adapter.rank, adapter.alpha_value)
     return network
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from ltx2_tuner.errors import UserError
 from ltx2_tuner.lora import save_comfy
-from ltx2_tuner.lora.build import build_network, optimizer_groups
+from ltx2_tuner.lora.build import build_network, optimizer_groups, target_of
 from ltx2_tuner.lora.layer import LoRALinear
 from ltx2_tuner.lora.options import NetworkOptions
 from tests.lora.toy import ToyTransformer, randomise
@@ -39,6 +39,49 @@ def test_dim_from_weights_takes_everything_from_the_file(tmp_path):
     wanted = dict(trained.adapters())
     for layer, adapter in network.adapters():
         torch.testing.assert_close(adapter.delta(), wanted[layer].delta(), rtol=1e-5, atol=1e-5)
+
+
+def test_dim_from_weights_leaves_out_what_does_not_run(tmp_path):
+    trained = build_network(ToyTransformer(1), NetworkOptions(dim=2, alpha=2.0), mode="av", seed=1)
+    path = tmp_path / "x.safetensors"
+    save_comfy(path, trained.matrices(), {})
+    options = NetworkOptions(weights=path, dim_from_weights=True)
+    network = build_network(ToyTransformer(1), options, mode="audio", seed=1)
+    assert {path.split(".")[2] for path, _ in network.adapters()} == {"audio_attn1", "audio_attn2"}
+
+
+@pytest.mark.parametrize("alpha", [4.0, 8.0])
+def test_loftq_start_values_are_added_as_they_are(alpha):
+    model = ToyTransformer(1)
+    path = "transformer_blocks.0.attn1.to_q"
+    down, up = torch.randn(3, 12), torch.randn(12, 3)
+    options = NetworkOptions(dim=4, alpha=alpha)
+    network = build_network(model, options, mode="video", seed=1, start_values={path: (down, up), "other": (down, up)})
+    adapters = dict(network.adapters())
+    torch.testing.assert_close(adapters[path].delta(), up @ down, rtol=1e-5, atol=1e-5)
+    assert not adapters["transformer_blocks.0.attn1.to_k"].lora_up.weight.any()
+    with pytest.raises(UserError, match="none of the start values"):
+        network.start_from({"other": (down, up)})
+    with pytest.raises(UserError, match="rank 5, not 4"):
+        network.start_from({path: (torch.zeros(5, 12), torch.zeros(12, 5))})
+
+
+def test_network_weights_win_over_loftq(tmp_path, caplog):
+    trained = build_network(ToyTransformer(1), NetworkOptions(dim=2, alpha=2.0), mode="video", seed=1)
+    path = tmp_path / "x.safetensors"
+    save_comfy(path, trained.matrices(), {})
+    start = {"transformer_blocks.0.attn1.to_q": (torch.ones(2, 12), torch.ones(12, 2))}
+    options = NetworkOptions(dim=2, alpha=2.0, weights=path)
+    network = build_network(ToyTransformer(1), options, mode="video", seed=1, start_values=start)
+    assert "wins over --loftq_init" in caplog.text
+    assert not any(adapter.lora_up.weight.any() for _, adapter in network.adapters())
+
+
+def test_target_of_needs_no_model():
+    options = NetworkOptions(preset="v2v", args={"exclude_patterns": "['.*to_k']", "include_patterns": "['.*to_q']"})
+    adapted = target_of(options, "video")
+    assert adapted("transformer_blocks.3.attn1.to_q") and not adapted("transformer_blocks.3.ff.net.2")
+    assert not adapted("transformer_blocks.3.audio_attn1.to_q")
 
 
 def test_full_tells_about_gates(caplog):

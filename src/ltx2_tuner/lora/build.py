@@ -5,20 +5,27 @@ from __future__ import annotations
 import importlib
 import inspect
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ltx2_tuner.errors import UserError
 from ltx2_tuner.lora.network import LoRANetwork
 from ltx2_tuner.lora.options import NetworkOptions
+from ltx2_tuner.lora.targets import adapts
 
 logger = logging.getLogger(__name__)
 
 
 def build_network(
-    transformer: nn.Module, options: NetworkOptions, *, mode: str, seed: int, quantised: bool = False
+    transformer: nn.Module,
+    options: NetworkOptions,
+    *,
+    mode: str,
+    seed: int,
+    quantised: bool = False,
+    start_values: Mapping[str, tuple[Tensor, Tensor]] | None = None,
 ) -> nn.Module:
     """Create the network, attach it, load what it starts from, and log what it is.
 
@@ -27,6 +34,7 @@ def build_network(
         mode: video, av or audio.
         seed: of the run; the built-in network's start values depend on it and on each layer's name.
         quantised: the frozen layers are fp8 or nf4 (LyCORIS has to know).
+        start_values: LoftQ's, by layer path; `--network_weights` wins over them.
 
     Raises:
         UserError: missing package, arguments the module refuses, no layer, weights that do not fit.
@@ -45,8 +53,21 @@ def build_network(
         if options.weights is not None:
             logger.info("--network_weights: %s", network.load_weights(str(options.weights)))
     if isinstance(network, LoRANetwork):
+        if start_values is not None:
+            _start(network, options, start_values)
         _log_built_in(network, options, mode)
     return network
+
+
+def target_of(options: NetworkOptions, mode: str) -> Callable[[str], bool]:
+    """Whether a layer, by its path, gets an adapter of the built-in network: known before any weight is read.
+
+    Raises:
+        UserError: as `build_network`, for the patterns.
+    """
+    from networks.lora_ltx2 import targets_of
+
+    return adapts(targets_of(options.args, mode, options.preset))
 
 
 def optimizer_groups(
@@ -81,7 +102,7 @@ def _built_in(transformer: nn.Module, options: NetworkOptions, mode: str, seed: 
 
     if options.dim_from_weights:
         network = lora_ltx2.create_network_from_weights(
-            1.0, options.weights, None, None, transformer, options.dropout, **options.args
+            1.0, options.weights, None, None, transformer, options.dropout, mode=mode, **options.args
         )
         logger.info("--network_weights: %d layers from %s", len(network.paths), options.weights)
     else:
@@ -103,6 +124,14 @@ def _built_in(transformer: nn.Module, options: NetworkOptions, mode: str, seed: 
     _move(network, transformer)
     network.apply_to(None, transformer, apply_text_encoder=False, apply_unet=True)
     return network
+
+
+def _start(network: LoRANetwork, options: NetworkOptions, values: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    if options.weights is not None:
+        logger.warning("--network_weights wins over --loftq_init: LoftQ's start values are not used")
+        return
+    count = network.start_from(values)
+    logger.info("LoftQ: %d of %d adapters start from what nf4 loses; the LoRA contains it", count, len(network.paths))
 
 
 def _by_protocol(transformer: nn.Module, options: NetworkOptions) -> nn.Module:

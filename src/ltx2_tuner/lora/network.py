@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ltx2_tuner.errors import UserError
@@ -215,6 +216,30 @@ class LoRANetwork(nn.Module):
         if surplus:
             logger.warning("%s has modules that this network lacks, ignored: %s", lora.source, _some(surplus))
         self._assign(shared, lora.source)
+
+    def start_from(self, values: Mapping[str, tuple[Tensor, Tensor]]) -> int:
+        """Start adapters from (down (r, in), up (out, r)) whose plain product they are to add (LoftQ).
+
+        Args:
+            values: by layer path; fewer ranks than the adapter's leave the rest at zero.
+
+        Returns:
+            The number of adapters that start from them.
+
+        Raises:
+            UserError: none of the layers has an adapter here, or a product has more ranks than the adapter.
+        """
+        adapters = {path: adapter for path, adapter in self.adapters() if path in values}
+        if not adapters:
+            raise UserError("--loftq_init: none of the start values belongs to a layer of this network")
+        for path, adapter in adapters.items():
+            down, up = values[path]
+            missing = adapter.rank - down.shape[0]
+            if missing < 0:
+                raise UserError(f"--loftq_init: found start values for rank {down.shape[0]}, not {adapter.rank}")
+            down, up = F.pad(down, (0, 0, 0, missing)), F.pad(up, (0, missing))
+            adapter.assign(down, up, float(adapter.rank))
+        return len(adapters)
 
     def _assign(self, modules: Mapping[str, LoRAMatrices], source: str) -> None:
         adapters = dict(self.adapters())

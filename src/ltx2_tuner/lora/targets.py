@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -144,29 +144,36 @@ def takes(path: str, include: Sequence[re.Pattern] | None, exclude: Sequence[re.
     return included or (include is None and not any_match(exclude))
 
 
-def select_layers(model: nn.Module, targets: Targets) -> dict[str, nn.Module]:
-    """The layers that get an adapter: path -> module, in the model's order.
+def adapts(targets: Targets) -> Callable[[str], bool]:
+    """Whether a layer, by its path, gets an adapter; needs no model.
 
     Raises:
-        UserError: a pattern does not compile, the preset is unknown, or no layer matches.
+        UserError: a pattern does not compile.
     """
     patterns = PRESETS[targets.preset] if targets.include is None else targets.include
     include = None if patterns is None else compile_patterns(patterns, "--network_args include_patterns")
     exclude = compile_patterns(targets.exclude, "--network_args exclude_patterns")
     exclude += [re.compile(pattern) for pattern in ALWAYS_EXCLUDED]
-    blocks = model.get_submodule(BLOCKS)
-    candidates = {
-        path: layer for path, layer in linear_layers(blocks, f"{BLOCKS}.") if runs_in(group_of(path), targets.mode)
-    }
-    chosen = {path: layer for path, layer in candidates.items() if takes(path, include, exclude)}
-    if not chosen:
-        tails = sorted({path.split(".", 2)[2] for path in candidates})
+    return lambda path: runs_in(group_of(path), targets.mode) and takes(path, include, exclude)
+
+
+def select_layers(model: nn.Module, targets: Targets) -> dict[str, nn.Module]:
+    """The layers of the blocks that get an adapter: path -> module, in the model's order.
+
+    Raises:
+        UserError: a pattern does not compile, or no layer matches.
+    """
+    chosen = adapts(targets)
+    candidates = dict(linear_layers(model.get_submodule(BLOCKS), f"{BLOCKS}."))
+    layers = {path: layer for path, layer in candidates.items() if chosen(path)}
+    if not layers:
+        tails = sorted({path.split(".", 2)[2] for path in candidates if runs_in(group_of(path), targets.mode)})
         source = "include_patterns and exclude_patterns" if targets.include is not None else f"preset {targets.preset}"
         raise UserError(
             f"no layer that runs in {targets.mode} mode matches the {source}; "
             f"the layers of each block are {', '.join(tails)}"
         )
-    return chosen
+    return layers
 
 
 def describe(chosen: Mapping[str, object], parameters: int) -> str:
