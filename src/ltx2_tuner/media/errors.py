@@ -21,8 +21,8 @@ def reading(path: str | os.PathLike) -> Iterator[None]:
     """Turn whatever a decoder raises while it reads `path` into a `MediaError` that names the file."""
     try:
         yield
-    except (MediaError, MemoryError):
-        raise
+    except (MediaError, MemoryError, AttributeError, NameError, ImportError):
+        raise  # not the file's fault
     except FileNotFoundError as error:
         raise MediaError(f"{path}: no such file") from error
     except Exception as error:  # on damaged input the parsers below raise nearly every type there is
