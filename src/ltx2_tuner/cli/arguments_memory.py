@@ -176,7 +176,7 @@ def memory_options(args: argparse.Namespace) -> MemoryOptions:
 
 def compile_options(args: argparse.Namespace) -> CompileOptions:
     """How blocks are compiled."""
-    dynamic = {"true": True, "false": False}.get(args.compile_dynamic or "")
+    dynamic = {"true": True, "false": False, "auto": None}[args.compile_dynamic or "false"]
     typed = args.compile
     if typed is None and args.dynamo_backend.upper() != "NO":
         typed = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
 from pathlib import Path
 
 from ltx2_tuner.checkpoint import Checkpoint, load_video_encoder
@@ -18,6 +19,8 @@ from ltx2_tuner.sampling.prompts import read_prompts
 from ltx2_tuner.sampling.sampler import Sampler
 from ltx2_tuner.training.build import Processes, Sources, TrainingConfig
 
+logger = logging.getLogger(__name__)
+
 
 def make_previewer(
     args: argparse.Namespace, config: TrainingConfig, sources: Sources, processes: Processes
@@ -28,7 +31,10 @@ def make_previewer(
         UserError: the prompt file, the caches or Gemma do not fit.
     """
     options = sampling_options(args, mode=config.mode, version=sources.version, checkpoint=config.checkpoint)
-    options = dataclasses.replace(options, seed=config.loop.seed)
+    if options.offload and config.memory.blocks_to_swap:
+        logger.warning("--sample_with_offloading has no effect with --blocks_to_swap: those blocks are on the host")
+    offload = options.offload and not config.memory.blocks_to_swap
+    options = dataclasses.replace(options, seed=config.loop.seed, offload=offload)
     blocks = sources.model.num_layers
     requests = [
         settle(index, prompt, options, num_blocks=blocks)

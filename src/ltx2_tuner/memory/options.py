@@ -28,11 +28,11 @@ class MemoryOptions:
 
 @dataclass(frozen=True)
 class CompileOptions:
-    """torch.compile per block. enabled None: on for CUDA where it works."""
+    """torch.compile per block. enabled None: on for CUDA where it works. dynamic None: torch decides."""
 
     enabled: bool | None = None
     backend: str = "inductor"
     mode: str = "default"
-    dynamic: bool | None = None
+    dynamic: bool | None = False
     fullgraph: bool = False
     cache_size_limit: int | None = None

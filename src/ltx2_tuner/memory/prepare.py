@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from ltx2_tuner.memory.compilation import CACHE_ENTRIES, compile_blocks, compiler_works
+from ltx2_tuner.memory.offload import ActivationOffload
 from ltx2_tuner.memory.options import CompileOptions, MemoryOptions
+from ltx2_tuner.memory.streaming import BlockStore, streamed_indices
 from ltx2_tuner.models.transformer import LTXTransformer
 
 logger = logging.getLogger(__name__)
@@ -16,17 +19,32 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What was settled. streamed: blocks in host memory; checkpointing: whether blocks are recomputed."""
+    """What was set up. store: the streamed blocks, None without; checkpointing: whether blocks are recomputed."""
 
-    streamed: int
+    store: BlockStore | None
     checkpointing: bool
     compiled: bool
 
     def __str__(self) -> str:
-        parts = [f"{self.streamed} blocks streamed from host memory" if self.streamed else "all blocks on the device"]
+        parts = ["all blocks on the device"]
+        if self.store is not None:
+            parts = [
+                f"{len(self.store.streamed)} blocks streamed ({self.store.host_bytes / 2**30:.1f} GiB on the host)"
+            ]
         parts.append("activations recomputed" if self.checkpointing else "activations kept")
         parts.append("blocks compiled" if self.compiled else "not compiled")
         return "plan: " + ", ".join(parts)
+
+
+def block_placement(blocks: int, streamed: int, device: torch.device) -> Callable[[str], torch.device]:
+    """Where a parameter of the transformer is loaded to: streamed blocks stay on the CPU."""
+    on_host = {f"transformer_blocks.{index}." for index in streamed_indices(blocks, streamed)} if streamed else set()
+    cpu = torch.device("cpu")
+
+    def place(name: str) -> torch.device:
+        return cpu if any(name.startswith(prefix) for prefix in on_host) else device
+
+    return place
 
 
 def prepare_model(
@@ -38,28 +56,29 @@ def prepare_model(
         model.split_attention(options.split_attention, options.split_mode or "batch", options.split_chunk)
     if options.ffn_chunk_size:
         model.chunk_feed_forward(options.ffn_chunk_target, options.ffn_chunk_size)
-    checkpointing = bool(options.checkpointing)
-    if checkpointing:
-        model.enable_gradient_checkpointing()
-    return MemoryPlan(0, checkpointing, _compile(model, compilation, device))
+    store = None
+    if options.blocks_to_swap:
+        indices = streamed_indices(len(model.transformer_blocks), options.blocks_to_swap)
+        store = BlockStore(model.transformer_blocks, indices, device, ring=options.ring_size, pinned=options.pinned)
+        model.block_runner = store
+    if options.checkpointing:
+        saved = {"saved_inputs": ActivationOffload(device)} if options.checkpoint_offload else {}
+        model.enable_gradient_checkpointing(**saved)
+    return MemoryPlan(store, bool(options.checkpointing), _compile(model, compilation, device))
 
 
 def _compile(model: LTXTransformer, options: CompileOptions, device: torch.device) -> bool:
     """Compile each block by itself, so that the first step does not wait for the whole model."""
-    wanted = options.enabled
-    if wanted is None:
-        wanted = device.type == "cuda" and importlib.util.find_spec("triton") is not None
-        if device.type == "cuda" and not wanted:
-            logger.info("no compiler back end (triton) here: blocks are not compiled")
-    if not wanted:
-        return False
-    if options.cache_size_limit is not None:
-        torch._dynamo.config.recompile_limit = options.cache_size_limit
-    for block in model.transformer_blocks:
-        block.compile(
+    wanted = compiler_works(device) if options.enabled is None else options.enabled
+    if options.enabled is None and device.type == "cuda" and not wanted:
+        logger.info("no compiler back end (Triton) here: blocks are not compiled")
+    if wanted:
+        compile_blocks(
+            model.transformer_blocks,
             backend=options.backend,
+            mode=None if options.mode == "default" else options.mode,
             dynamic=options.dynamic,
             fullgraph=options.fullgraph,
-            mode=None if options.mode == "default" else options.mode,
+            cache_entries=options.cache_size_limit or CACHE_ENTRIES,
         )
-    return True
+    return wanted

@@ -19,7 +19,7 @@ from ltx2_tuner.errors import UserError
 from ltx2_tuner.lora.build import build_network, optimizer_groups
 from ltx2_tuner.lora.options import NetworkOptions
 from ltx2_tuner.memory.options import CompileOptions, MemoryOptions
-from ltx2_tuner.memory.prepare import prepare_model
+from ltx2_tuner.memory.prepare import block_placement, prepare_model
 from ltx2_tuner.models.transformer import LTXTransformer, TransformerConfig
 from ltx2_tuner.quantization.formats import WeightFormat
 from ltx2_tuner.training.balance import AudioBalancer
@@ -256,7 +256,7 @@ def _load_model(config: TrainingConfig, sources: Sources, device: torch.device) 
     model = load_transformer(
         sources.checkpoint,
         variant,
-        device,
+        block_placement(sources.model.num_layers, config.memory.blocks_to_swap or 0, device),
         config.dtype,
         weights=config.weights,
         quantize_device=config.quantize_device,

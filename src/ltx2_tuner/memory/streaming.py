@@ -1,0 +1,201 @@
+"""Block streaming: the matrices of some transformer blocks live in host memory and visit the device when needed.
+
+The frozen layers of a streamed block lie in ONE contiguous byte buffer, so that a block moves with one copy whatever
+its precision. The device holds a small ring of buffers of that size. While block k computes, the next streamed block
+(the previous one in the backward pass) is copied on a stream of its own; events order the two streams, so no buffer is
+overwritten while something still reads it. Weights never travel back, and autograd never sees them: a frozen layer
+keeps no reference to its weight for the backward pass, it asks the layer again. Everything small (norms, tables,
+gates) and the adapters stay on the device.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ltx2_tuner.quantization.frozen import FrozenLinear
+
+logger = logging.getLogger(__name__)
+
+_ALIGNMENT = 256  # bytes; what the widest vector loads and fp8 products ask for
+
+
+def streamed_indices(blocks: int, count: int) -> tuple[int, ...]:
+    """Which `count` of `blocks` blocks are streamed: evenly spread, so that each copy has compute to hide behind."""
+    return tuple((2 * index + 1) * blocks // (2 * count) for index in range(count))
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Where one tensor of a frozen layer lies in its block's buffer."""
+
+    layer: FrozenLinear
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    size: int
+
+    def view(self, buffer: Tensor) -> Tensor:
+        return buffer[self.start : self.start + self.size].view(self.dtype).view(self.shape)
+
+
+@dataclass(eq=False)
+class _Slot:
+    """A device buffer, the block in it, and the event after which its content is there."""
+
+    buffer: Tensor
+    holds: int | None = None
+    ready: torch.cuda.Event | None = None
+
+
+class BlockStore:
+    """Streams blocks; install it as the model's `block_runner`.
+
+    Args:
+        blocks: all blocks of the model, adapters attached.
+        streamed: indices of those that live in host memory.
+        device: where blocks compute. On the CPU the same copies happen without streams.
+        ring: device buffers; 1 means that copies and compute do not overlap.
+        pinned: page-locked host memory; None tries it and goes on without where it fails.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[nn.Module],
+        streamed: Sequence[int],
+        device: torch.device,
+        *,
+        ring: int = 2,
+        pinned: bool | None = None,
+    ) -> None:
+        self.device = device
+        self.streamed = tuple(sorted(streamed))
+        self._wants_pin = device.type == "cuda" and pinned is not False
+        self._pieces: dict[int, list[_Piece]] = {}
+        self._host: dict[int, Tensor] = {}
+        layouts = {index: _layout(blocks[index]) for index in self.streamed}
+        size = max(total for _, total in layouts.values())
+        # The ring is reserved first: near-full memory shows at the start, not at some later step.
+        self._slots = [_Slot(torch.empty(size, dtype=torch.uint8, device=device)) for _ in range(ring)]
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        for index, (pieces, total) in layouts.items():
+            self._take(index, blocks[index], pieces, total)
+        self._direction = 1
+        self._last = -1
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of host memory that hold streamed blocks."""
+        return sum(buffer.numel() for buffer in self._host.values())
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of the ring."""
+        return sum(slot.buffer.numel() for slot in self._slots)
+
+    recomputes = True  # a block that recomputes itself in the backward pass finds its weights there
+
+    def __call__(
+        self, block: nn.Module, index: int, *arguments: object, recompute: bool = False
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Run a block: bring it in, and see to it that it is there again when its backward pass begins."""
+        self.acquire(index, 1 if index > self._last else self._direction)
+        outputs = block(*arguments, recompute=recompute)
+        for output in outputs:
+            if output is not None and output.requires_grad:
+                output.register_hook(lambda _, index=index: self.acquire(index, -1))
+        return outputs
+
+    def acquire(self, index: int, direction: int) -> None:
+        """Have a block on the device and start copying the next streamed one (`direction` 1 or -1)."""
+        self._direction, self._last = direction, index
+        if index in self._host:
+            slot = self._slot_with(index) or self._fetch(index, keep=None)
+            if slot.ready is not None:
+                torch.cuda.current_stream(self.device).wait_event(slot.ready)
+            self._bind(index, slot)
+            # Most recently used comes last.
+            self._slots.remove(slot)
+            self._slots.append(slot)
+        following = self._following(index, direction)
+        if following is not None and len(self._slots) > 1 and self._slot_with(following) is None:
+            self._fetch(following, keep=index)
+
+    def _following(self, index: int, direction: int) -> int | None:
+        ahead = [other for other in self.streamed if (other - index) * direction > 0]
+        return min(ahead, key=lambda other: abs(other - index), default=None)
+
+    def _slot_with(self, index: int) -> _Slot | None:
+        return next((slot for slot in self._slots if slot.holds == index), None)
+
+    def _fetch(self, index: int, keep: int | None) -> _Slot:
+        """Copy a block into the slot that was used longest ago, but not into that of `keep`."""
+        slot = next(slot for slot in self._slots if slot.holds is None or slot.holds != keep)
+        source = self._host[index]
+        target = slot.buffer[: source.numel()]
+        slot.holds = index
+        if self._copies is None:
+            target.copy_(source)
+            return slot
+        # All kernels that read the slot's old content are queued on the compute stream by now.
+        self._copies.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._copies):
+            target.copy_(source, non_blocking=True)
+            slot.ready = torch.cuda.Event()
+            slot.ready.record()
+        return slot
+
+    def _bind(self, index: int, slot: _Slot) -> None:
+        tensors: dict[FrozenLinear, dict[str, Tensor]] = {}
+        for piece in self._pieces[index]:
+            tensors.setdefault(piece.layer, {})[piece.name] = piece.view(slot.buffer)
+        for layer, found in tensors.items():
+            layer.rebind(found)
+
+    def _take(self, index: int, block: nn.Module, pieces: list[_Piece], total: int) -> None:
+        """Move a block's matrices into one host buffer, everything else of it to the device."""
+        host = torch.empty(total, dtype=torch.uint8)
+        for piece in pieces:
+            piece.view(host).copy_(piece.layer.storage()[piece.name])
+        self._pieces[index] = pieces
+        self._host[index] = self._pin(host)
+        # Bound to a slot from now on, whatever it holds: moving the model finds every layer on the device already.
+        self._bind(index, self._slots[0])
+        block.to(self.device)
+
+    def _pin(self, host: Tensor) -> Tensor:
+        """Page-lock a buffer in place (torch's own allocator would round its size up to a power of two)."""
+        if not self._wants_pin:
+            return host
+        status = torch.cuda.cudart().cudaHostRegister(host.data_ptr(), host.numel(), 0)
+        if int(status) != 0:
+            self._wants_pin = False
+            logger.warning("host memory cannot be page-locked here (%s): streaming blocks will be slower", status)
+        return host
+
+    def close(self) -> None:
+        """Release page locks; the store cannot be used afterwards."""
+        if self._copies is not None:
+            self._copies.synchronize()
+            for host in self._host.values():
+                torch.cuda.cudart().cudaHostUnregister(host.data_ptr())
+        self._host.clear()
+
+
+def _layout(block: nn.Module) -> tuple[list[_Piece], int]:
+    """The tensors of a block's frozen layers, and the bytes of the buffer that takes them."""
+    pieces: list[_Piece] = []
+    offset = 0
+    for layer in block.modules():
+        if not isinstance(layer, FrozenLinear):
+            continue
+        for name, tensor in layer.storage().items():
+            size = tensor.numel() * tensor.element_size()
+            pieces.append(_Piece(layer, name, tensor.dtype, tuple(tensor.shape), offset, size))
+            offset += -(-size // _ALIGNMENT) * _ALIGNMENT
+    return pieces, offset

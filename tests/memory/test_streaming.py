@@ -1,0 +1,127 @@
+"""Streaming and offloading change no number, and hold only what they say."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from ltx2_tuner.memory.options import MemoryOptions
+from ltx2_tuner.memory.planner import Footprint, settle
+from ltx2_tuner.memory.streaming import BlockStore, streamed_indices
+from ltx2_tuner.training.draws import ValidationDraws
+from tests.training.tiny import Clip, Recorder, make_trainer, train, write_checkpoint, write_workspace
+
+BLOCKS = 4
+FORMATS = {
+    "bf16": ["--dit_dtype", "bfloat16"],
+    "fp8": ["--fp8_base", "--fp8_scaled"],
+    "nf4": ["--nf4_base"],
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("streaming") / "tiny.safetensors", layers=BLOCKS)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("weights", FORMATS)
+def test_losses_and_adapters_are_bit_equal(tmp_path, checkpoint, weights, checkpointing):
+    space = write_workspace(tmp_path, checkpoint, [Clip(sound=17)])
+    flags = ["--ltx2_mode", "av", "--max_train_steps", 2, "--network_dropout", 0.1, *FORMATS[weights]]
+    flags += ["--gradient_checkpointing"] if checkpointing else ["--no-gradient_checkpointing"]
+
+    def run(*more):
+        trainer = make_trainer(space.arguments(*flags, *more))
+        trainer.train()
+        return trainer.metrics, trainer.run.network.state_dict()
+
+    expected = run()
+    for count, ring in ((1, 2), (2, 2), (BLOCKS - 1, 2), (BLOCKS - 1, 1), (BLOCKS - 1, 3)):
+        metrics, state = run("--blocks_to_swap", count, "--block_swap_ring_size", ring)
+        assert metrics == expected[0], (count, ring)
+        for name, tensor in state.items():
+            assert torch.equal(tensor, expected[1][name]), (count, ring, name)
+
+
+def test_activation_offload_is_bit_equal(tmp_path, checkpoint):
+    space = write_workspace(tmp_path, checkpoint, [Clip(sound=17)])
+    flags = ["--ltx2_mode", "av", "--gradient_checkpointing", "--network_dropout", 0.1]
+    plain = train(space.arguments(*flags))
+    offloaded = train(space.arguments(*flags, "--gradient_checkpointing_cpu_offload", "--blocks_to_swap", 2))
+    for name in ("loss/current", "grad_norm/total"):
+        assert offloaded.values(name) == plain.values(name)
+
+
+def test_training_and_sampling_alternate(tmp_path, checkpoint):
+    """Passes of any length, with and without gradients, in any order."""
+    space = write_workspace(tmp_path, checkpoint, [Clip(sound=17)])
+    flags = ["--ltx2_mode", "av", "--max_train_steps", 25]
+    plain = train(space.arguments(*flags))
+
+    class Passes:
+        def __init__(self):
+            self.outputs = []
+
+        def sample(self, transformer, *, step, epoch):
+            batch = next(iter(trainer.run.data))
+            prepared = trainer.run.mode.prepare(batch, ValidationDraws("x", 0, trainer.run.draws.sampler))
+            first = prepared.run(transformer)
+            assert all(torch.equal(a, b) for a, b in zip(first, prepared.run(transformer)))
+            self.outputs.append(first)
+
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat")
+    more = ["--blocks_to_swap", 3, "--sample_prompts", prompts, "--sample_every_n_steps", 1, "--gemma_root", tmp_path]
+    recorder, passes = Recorder(), Passes()
+    trainer = make_trainer(space.arguments(*flags, *more), recorder, passes)
+    trainer.train()
+    assert len(passes.outputs) == 25
+    assert recorder.values("loss/current") == plain.values("loss/current")
+
+
+def test_the_device_holds_the_ring_and_nothing_else_of_streamed_blocks(tmp_path, checkpoint):
+    space = write_workspace(tmp_path, checkpoint)
+    trainer = make_trainer(space.arguments("--blocks_to_swap", 3))
+    store = trainer.run.model.block_runner
+    assert isinstance(store, BlockStore)
+    bases = [slot.buffer.untyped_storage().data_ptr() for slot in store._slots]
+    for index in store.streamed:
+        for piece in store._pieces[index]:
+            assert piece.layer.storage()[piece.name].untyped_storage().data_ptr() in bases
+    assert store.device_bytes == 2 * store.host_bytes // 3
+
+
+@pytest.mark.parametrize(("blocks", "count"), [(48, 1), (48, 24), (48, 47), (2, 1), (5, 3)])
+def test_streamed_blocks_are_spread(blocks, count):
+    indices = streamed_indices(blocks, count)
+    assert len(set(indices)) == count and all(0 <= index < blocks for index in indices)
+    gaps = [after - before for before, after in itertools.pairwise(indices)]
+    assert not gaps or max(gaps) - min(gaps) <= 1
+
+
+FULL = Footprint(blocks=48, block=740 * 2**20, rest=2 * 2**30, trained=3 * 2**30, hidden=22 * 2**20)
+
+
+@pytest.mark.parametrize(
+    ("gib", "streamed", "checkpointing"), [(141, False, False), (48, False, True), (24, True, True), (12, True, True)]
+)
+def test_the_planner_recomputes_before_it_streams(gib, streamed, checkpointing):
+    options, line = settle(MemoryOptions(), FULL, gib * 2**30)
+    assert bool(options.blocks_to_swap) == streamed and options.checkpointing == checkpointing
+    assert FULL.total(options.blocks_to_swap, 2, options.checkpointing) <= gib * 2**30
+    if options.blocks_to_swap:
+        assert FULL.total(options.blocks_to_swap - 1, 2, True) > gib * 2**30
+    assert "GiB" in line
+
+
+def test_the_planner_never_overrides_what_was_typed():
+    options, _ = settle(MemoryOptions(blocks_to_swap=5, checkpointing=False), FULL, 12 * 2**30)
+    assert (options.blocks_to_swap, options.checkpointing) == (5, False)
+
+
+def test_the_planner_says_when_nothing_fits():
+    _, line = settle(MemoryOptions(), FULL, 4 * 2**30)
+    assert "does not fit" in line
