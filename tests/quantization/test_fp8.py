@@ -63,3 +63,17 @@ def test_products_of_rows():
 
 def test_the_cpu_has_no_fp8_products():
     assert not fp8.has_fp8_products("cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(), (1,), (40, 1), (40, 3, 1)])
+@pytest.mark.parametrize("codes_dtype", [E4M3, torch.float8_e5m2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gpu_equals_cpu(shape, codes_dtype, dtype):
+    """All codes but those that stand for no number, in a matrix that no kernel block divides."""
+    codes = torch.arange(40 * 96).remainder(256).to(torch.uint8).view(codes_dtype).float().nan_to_num(0, 1, -1)
+    codes = codes.to(codes_dtype).view(40, 96)
+    for scale_dtype in (torch.float32, torch.bfloat16):
+        scale = (torch.rand(shape, generator=torch.Generator().manual_seed(0)) / 8).to(scale_dtype)
+        found = fp8.dequantise(codes.cuda(), scale.cuda(), dtype)
+        assert torch.equal(found.cpu(), fp8.dequantise(codes, scale, dtype))

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ltx2_tuner.quantization import kernels
+
 CODEBOOK = (
     -1.0,
     -0.6961928009986877,
@@ -73,6 +75,8 @@ def dequantise(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Codes (out, in / 2) and scales (out, in / block, 1) -> matrix (out, in): value * scale in float32, then cast."""
     rows, half = codes.shape
     block_size = 2 * half // scale.shape[1]
+    if codes.is_cuda and kernels.available():
+        return kernels.expand_nf4(codes, scale, _codebook(codes.device), dtype)
     if codes.is_cuda and block_size in _BITSANDBYTES_BLOCKS and _has_bitsandbytes():
         return torch.ops.bitsandbytes.dequantize_4bit(
             codes.reshape(-1, 1), scale.float().reshape(-1), block_size, "nf4", (rows, 2 * half), dtype
@@ -83,8 +87,13 @@ def dequantise(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @functools.cache
+def _codebook(device: torch.device) -> Tensor:
+    return torch.tensor(CODEBOOK, dtype=torch.float32, device=device)
+
+
+@functools.cache
 def _midpoints(device: torch.device) -> Tensor:
-    values = torch.tensor(CODEBOOK, dtype=torch.float32)
+    values = _codebook(torch.device("cpu"))
     return ((values[1:] + values[:-1]) / 2).to(device)
 
 
@@ -92,7 +101,7 @@ def _midpoints(device: torch.device) -> Tensor:
 def _byte_table(device: torch.device) -> Tensor:
     """The two values of each byte, (256, 2)."""
     byte = torch.arange(256)
-    return torch.tensor(CODEBOOK, dtype=torch.float32)[torch.stack((byte >> 4, byte & 15), 1)].to(device)
+    return _codebook(torch.device("cpu"))[torch.stack((byte >> 4, byte & 15), 1)].to(device)
 
 
 @functools.cache
