@@ -13,8 +13,9 @@ from ltx2_tuner.checkpoint import Checkpoint, component_id, load_video_encoder, 
 from ltx2_tuner.data.cache_files import read_audio, read_latents
 from ltx2_tuner.errors import UserError
 from ltx2_tuner.media.video import read_frames
+from ltx2_tuner.media.write import write_image
 from tests.caching.latents_world import World, digests
-from tests.media.zoo import make_clip
+from tests.media.zoo import make_clip, numbered_frames
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +73,24 @@ def test_bad_clips_are_counted_and_the_others_go_on(world, capsys):
     report = json.loads((world.cache / "ltx2_cache_report.json").read_text(encoding="utf-8"))["latents"]
     assert [failure["item"] for failure in report["failures"]] == ["broken.mp4", "empty.mp4"]
     assert world.run("--strict") == 1
+
+
+def test_pictures(world, capsys):
+    picture = numbered_frames(1, 120, 70)[0]
+    write_image(world.clips / "a.png", picture)
+    write_image(world.clips / "cut.png", np.random.default_rng(0).integers(0, 255, (70, 120, 3), np.uint8))
+    cut = world.clips / "cut.png"
+    cut.write_bytes(cut.read_bytes()[:9000])
+    for name in ("a", "cut"):
+        (world.clips / f"{name}.txt").write_text("a picture")
+    world.configure("image_directory", enable_bucket=True)
+    assert world.run(mode="av") == 0
+    assert "encoded 1 | skipped (existing) 0 | failed 1" in capsys.readouterr().out
+    (path,) = world.cache.glob("a_*.safetensors")
+    assert path.name == "a_0120x0070_ltx2.safetensors"  # the size of the source, not of the bucket
+    metadata = world.metadata("a_*")
+    assert (metadata["bucket"], metadata.get("frame_count")) == ("96x64", None)
+    assert read_latents(path).latents.shape[1:] == (1, 2, 3)
 
 
 def test_no_usable_item_is_an_error_status(world):

@@ -284,7 +284,7 @@ class LatentCaching:
         directory, is_audio = group.dataset.cache_directory, group.dataset.item_kind == "audio"
         without = set(gone) if is_audio else set()
         members = [item.latent_path for item in group.items if item.audio_path not in without]
-        owned = _stems(group) if group.tally.failures else set()
+        owned = _protected_stems(group)
 
         def belongs(name: str) -> bool:
             parsed = cache_names.parse_latent_name(name, video=group.dataset.item_kind == "video")
@@ -310,8 +310,10 @@ def _output_directories(dataset: Dataset) -> list[Path]:
     return [place for place in places if place is not None]
 
 
-def _stems(group: Group) -> set[str]:
-    """Stems of all sources of a dataset, those that failed included."""
-    return {source.stem for source in group.found.sources.sources} | {
+def _protected_stems(group: Group) -> set[str]:
+    """Stems whose caches are no orphans: sources that cannot be used this time, and after failures all of them."""
+    sources = group.found.sources
+    unusable = {path.stem for path in sources.no_caption} | {
         Path(failure.name).stem for failure in group.found.failures
     }
+    return unusable | ({source.stem for source in sources.sources} if group.tally.failures else set())
