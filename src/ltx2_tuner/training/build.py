@@ -24,6 +24,7 @@ from ltx2_tuner.models.transformer import LTXTransformer, TransformerConfig
 from ltx2_tuner.quantization.formats import WeightFormat
 from ltx2_tuner.training.balance import AudioBalancer
 from ltx2_tuner.training.base_weights import merge_base_weights
+from ltx2_tuner.training.footprint import plan_memory
 from ltx2_tuner.training.guard import NonFiniteGuard
 from ltx2_tuner.training.logs import Trackers
 from ltx2_tuner.training.loop import Run, Sampler, Trainer
@@ -192,6 +193,7 @@ def build(
         sampler: makes previews; its prompts are encoded already, so that Gemma and the transformer never meet.
     """
     device = processes.device
+    config = replace(config, memory=plan_memory(config, sources, device))
     model = _load_model(config, sources, device)
     quantised = config.weights.kind != "dense"
     network = build_network(model, config.network, mode=config.mode, seed=config.loop.seed, quantised=quantised)

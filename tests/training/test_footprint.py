@@ -1,0 +1,32 @@
+"""The memory estimate is made of what is really loaded."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ltx2_tuner.cli.config_file import parse_with_config
+from ltx2_tuner.cli.ltx2_train_network import build_parser
+from ltx2_tuner.cli.training_config import training_config
+from ltx2_tuner.training.build import Processes, open_sources
+from ltx2_tuner.training.footprint import estimate
+from tests.training.tiny import Clip, make_trainer, write_workspace
+
+
+@pytest.mark.parametrize("mode", ["video", "av"])
+@pytest.mark.parametrize(("weights", "tolerance"), [([], 0.0), (["--fp8_base"], 0.05), (["--nf4_base"], 0.05)])
+def test_the_estimate_matches_the_loaded_model(tmp_path, checkpoint, mode, weights, tolerance):
+    space = write_workspace(tmp_path, checkpoint, [Clip(sound=17), Clip(grid=(1, 2, 2), sound=9)], batch_size=2)
+    arguments = space.arguments("--ltx2_mode", mode, "--dit_dtype", "bfloat16", *weights)
+    config = training_config(parse_with_config(build_parser(), arguments), "no")
+    found = estimate(config, open_sources(config, Processes(torch.device("cpu"))))
+    trainer = make_trainer(arguments)
+    trained = {id(parameter) for parameter in trainer.run.network.parameters()}
+    adapter_buffers = {id(buffer) for buffer in trainer.run.network.buffers()}
+    tensors = [*trainer.run.model.parameters(), *trainer.run.model.buffers()]
+    frozen = [tensor for tensor in tensors if id(tensor) not in trained | adapter_buffers]
+    loaded = sum(tensor.numel() * tensor.element_size() for tensor in frozen)
+    assert found.blocks * found.block + found.rest == pytest.approx(loaded, rel=max(tolerance, 0.002))
+    assert found.trained == 16 * sum(parameter.numel() for parameter in trainer.run.network.parameters())
+    audio = 17 * 32 if mode == "av" else 0
+    assert found.hidden == (3 * 2 * 2 * 64 + audio) * 2
