@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ltx2_tuner.models.transformer import LTXTransformer, TransformerConfig
-from ltx2_tuner.training.modes import AVMode, Compute, ModeOptions, VideoMode
+from ltx2_tuner.training.modes import AVMode, Compute, ModeOptions, V2VMode
 from ltx2_tuner.training.objective import task_loss
 from ltx2_tuner.training.options import LossOptions
 from ltx2_tuner.training.sigmas import SigmaSampler, token_shift
@@ -161,8 +161,8 @@ def test_training_step_with_a_reference(case: Case):
     inputs, outputs = case.inputs, case.outputs
     draws = GivenDraws(inputs["sigma"], [inputs["video_noise_tokens"]], torch.zeros(2, dtype=torch.bool))
     batch = make_batch(case, ref_latents={"latents": inputs["reference_latents"]})
-    options = ModeOptions(reference=True, reference_downscale=int(case.settings["downscale_factor"]))
-    prepared = VideoMode(options, compute()).prepare(batch, draws)
+    options = ModeOptions(reference_downscale=int(case.settings["downscale_factor"]))
+    prepared = V2VMode(options, compute()).prepare(batch, draws)
     task = prepared.video_task
     references = task.first_output
     assert_close(task.latent, outputs["tokens"], 1e-6, "tokens")

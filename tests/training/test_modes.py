@@ -8,7 +8,7 @@ import torch
 from ltx2_tuner.errors import UserError
 from ltx2_tuner.models.transformer import LTXTransformer, TransformerConfig
 from ltx2_tuner.training.draws import TrainingDraws, ValidationDraws
-from ltx2_tuner.training.modes import AudioMode, AVMode, Compute, ModeOptions, VideoMode
+from ltx2_tuner.training.modes import AudioMode, AVMode, Compute, ModeOptions, V2VMode, VideoMode
 from ltx2_tuner.training.modes.streams import Text
 from ltx2_tuner.training.objective import task_loss
 from ltx2_tuner.training.options import LossOptions
@@ -238,9 +238,9 @@ def test_the_total_is_the_weighted_sum(model):
 def test_a_reference_of_another_size_is_refused():
     batch = make_batch()
     batch["ref_latents"] = {"latents": torch.randn(2, 8, 3, 2, 2)}
-    options = ModeOptions(reference=True, reference_downscale=2)
+    options = ModeOptions(reference_downscale=2)
     with pytest.raises(UserError, match="--reference_downscale is 2"):
-        VideoMode(options, CPU).prepare(batch, make_draws())
+        V2VMode(options, CPU).prepare(batch, make_draws())
 
 
 def test_validation_items_keep_their_noise():

@@ -120,7 +120,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         "--audio_only_sequence_resolution", **number, default=64, help="virtual picture side; 0: as cached"
     )
     group.add_argument("--reference_downscale", **number, default=1, help="references are this many times smaller")
-    group.add_argument("--reference_frames", **number, default=1, help="frames of sample references")
+    group.add_argument("--reference_frames", **number, help="frames of sample references (default: as cached)")
     group.add_argument(
         "--ltx2_first_frame_conditioning_p",
         **share,
@@ -257,7 +257,7 @@ def _check_sound(args: argparse.Namespace) -> list[str]:
         errors.append(f"--audio_only_sequence_resolution must be 0 or at least 32 (got {resolution})")
     if args.audio_bucket_interval is not None and not args.audio_bucket_interval > 0:
         errors.append(f"--audio_bucket_interval must be above 0 (got {args.audio_bucket_interval})")
-    if args.reference_downscale < 1 or args.reference_frames < 1:
+    if args.reference_downscale < 1 or (args.reference_frames is not None and args.reference_frames < 1):
         errors.append("--reference_downscale and --reference_frames must be at least 1")
     return errors
 

@@ -29,6 +29,7 @@ from ltx2_tuner.cli.arguments_training import (
 from ltx2_tuner.cli.config_file import parse_with_config, write_effective
 from ltx2_tuner.cli.parser import Parser, entry_point
 from ltx2_tuner.cli.previews import make_previewer
+from ltx2_tuner.cli.references import check_reference_lengths
 from ltx2_tuner.cli.training_config import training_config
 from ltx2_tuner.compat import prepare_torchaudio
 from ltx2_tuner.errors import UserError
@@ -71,6 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         logging.getLogger().setLevel(logging.WARNING)
     _allow_fast_kernels(args)
     sources = open_sources(config, processes)
+    if config.strategy == "v2v":
+        check_reference_lengths(args, sources.training.inventories)
     if args.show_timesteps:
         draws = settle_draws(config.draws, sources.version)
         print(show_timesteps(draws.sampler, sources.training, config, args.show_timesteps))

@@ -15,13 +15,13 @@ from ltx2_tuner.cli import arguments_network as network
 from ltx2_tuner.cli import arguments_optimizer as optimizer
 from ltx2_tuner.cli import arguments_output as output
 from ltx2_tuner.cli import arguments_training as training
+from ltx2_tuner.cli import references
 from ltx2_tuner.cli.arguments_gemma import check_gemma
 from ltx2_tuner.cli.arguments_sampling import check_sampling
 from ltx2_tuner.data.batches import BatchOptions
 from ltx2_tuner.data.config import DatasetConfig, load_dataset_config
 from ltx2_tuner.data.manifest import load_manifest
 from ltx2_tuner.errors import UserError
-from ltx2_tuner.lora.targets import resolve_strategy
 from ltx2_tuner.training.build import TrainingConfig
 from ltx2_tuner.training.metadata import MetadataOptions
 from ltx2_tuner.training.modes import ModeOptions
@@ -46,10 +46,6 @@ UNAVAILABLE = (
     "resume_from_huggingface",
     "save_state_to_huggingface",
     "async_upload",
-    "sample_two_stage",
-    "audio_ref_use_negative_positions",
-    "audio_ref_mask_cross_attention_to_reference",
-    "audio_ref_mask_reference_from_text_attention",
 )
 
 
@@ -76,15 +72,14 @@ def training_config(args: argparse.Namespace, mixed_precision: str) -> TrainingC
     optimizer_options = optimizer.optimizer_options(args, errors)
     scheduler_options = optimizer.scheduler_options(args, errors)
     network_options = network.network_options(args, args.ltx2_mode, errors)
-    strategy = resolve_strategy(args.ic_lora_strategy, network_options.preset, has_references=True)
-    if strategy == "audio_ref_only_ic":
-        errors.append("--ic_lora_strategy audio_ref_only_ic is not available in this version yet; drop it")
+    strategy = references.wanted_strategy(args, network_options.preset, errors)
     if errors:
         raise UserError("\n  ".join(["these flags need attention:", *errors]) if len(errors) > 1 else errors[0])
     for note in [*training.training_notes(args), *memory.memory_warnings(args), *output.output_notes(args)]:
         logger.warning("%s", note)
     data = load_data(args)
-    strategy = _settle_strategy(args, strategy, data)
+    strategy = references.settle_strategy(args, strategy, data)
+    references.say_references(args, strategy)
     seed = _seed(args)
     return TrainingConfig(
         checkpoint=Path(args.ltx2_checkpoint or args.dit).expanduser(),
@@ -117,7 +112,7 @@ def training_config(args: argparse.Namespace, mixed_precision: str) -> TrainingC
         compilation=memory.compile_options(args),
         batches=BatchOptions(
             references=strategy == "v2v",
-            reference_audio=False,
+            reference_audio=strategy == "audio_ref_only_ic",
             timestep_buckets=0 if args.preserve_distribution_shape else args.num_timestep_buckets or 0,
             audio_quota=args.min_audio_batches_per_accum,
             accumulation=args.gradient_accumulation_steps,
@@ -132,8 +127,8 @@ def training_config(args: argparse.Namespace, mixed_precision: str) -> TrainingC
             sequence_resolution=args.audio_only_sequence_resolution,
             silence_regularizer=args.audio_silence_regularizer,
             silence_weight=args.audio_silence_regularizer_weight,
-            reference=strategy == "v2v",
             reference_downscale=args.reference_downscale,
+            audio_reference=references.audio_reference_options(args, strategy),
         ),
         draws=training.draw_options(args, "auto"),
         loss=training.loss_options(args),
@@ -178,21 +173,6 @@ def _check_samples(args: argparse.Namespace) -> list[str]:
     if not (args.sample_at_first or args.sample_every_n_steps or args.sample_every_n_epochs):
         errors.append("--sample_prompts needs --sample_every_n_steps, --sample_every_n_epochs or --sample_at_first")
     return errors
-
-
-def _settle_strategy(args: argparse.Namespace, strategy: str, data: DatasetConfig) -> str:
-    has_references = any(dataset.reference_cache_directory is not None for dataset in data.datasets)
-    if strategy == "v2v" and not has_references:
-        if args.ic_lora_strategy == "v2v":
-            raise UserError(
-                f"{data.path}: --ic_lora_strategy v2v needs reference_directory and reference_cache_directory in a "
-                "dataset; add them and cache the references"
-            )
-        logger.info("preset v2v without reference caches: trained as plain video")
-        return "none"
-    if strategy == "none" and has_references:
-        logger.warning("the datasets have references, which are ignored without --ic_lora_strategy v2v")
-    return strategy
 
 
 def _seed(args: argparse.Namespace) -> int:

@@ -29,7 +29,7 @@ from ltx2_tuner.training.guard import NonFiniteGuard
 from ltx2_tuner.training.logs import Trackers
 from ltx2_tuner.training.loop import Run, Sampler, Trainer
 from ltx2_tuner.training.metadata import MetadataOptions, RunMetadata, training_facts
-from ltx2_tuner.training.modes import AudioMode, AVMode, Compute, Mode, ModeOptions, VideoMode
+from ltx2_tuner.training.modes import MODES, Compute, Mode, ModeOptions
 from ltx2_tuner.training.network import trained_parameters
 from ltx2_tuner.training.optimizers import OptimizerOptions, create_optimizer, describe_optimizer, scheduler_warnings
 from ltx2_tuner.training.options import (
@@ -176,7 +176,7 @@ def _expected(checkpoint: Checkpoint, model: TransformerConfig, config: Training
         video_width=model.context_width("video") if mode != "audio" else None,
         audio_width=model.context_width("audio") if mode != "video" else None,
         latent_channels=model.in_channels,
-        reference_downscale=config.modes.reference_downscale if config.modes.reference else None,
+        reference_downscale=config.modes.reference_downscale if config.strategy == "v2v" else None,
     )
 
 
@@ -286,15 +286,12 @@ def _settle_length(loop: LoopOptions, batches: int) -> LoopOptions:
 
 def _make_mode(config: TrainingConfig, sources: Sources, device: torch.device) -> Mode:
     compute = Compute(device, config.dtype)
-    if config.mode == "video":
-        return VideoMode(config.modes, compute)
     options = replace(config.modes, audio_width=sources.model.audio_in_channels)
-    if config.mode == "audio":
-        return AudioMode(options, compute)
-    silence = None
-    if options.silence_regularizer:
-        silence = find_silence(sources.training.inventories[0].dataset.cache_directory, options.audio_width)
-    return AVMode(options, compute, silence)
+    mode = MODES[config.mode, config.strategy]
+    if not options.silence_regularizer:
+        return mode(options, compute)
+    silence = find_silence(sources.training.inventories[0].dataset.cache_directory, options.audio_width)
+    return mode(options, compute, silence)
 
 
 def _autocast(device: torch.device, mixed_precision: str) -> Callable[[], contextlib.AbstractContextManager]:

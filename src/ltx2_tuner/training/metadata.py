@@ -166,9 +166,15 @@ def training_facts(
 def _reference_facts(config: TrainingConfig) -> dict[str, object]:
     if config.strategy == "none":
         return {}
-    facts: dict[str, object] = {"ic_lora_strategy": config.strategy, "v2v_training": config.strategy == "v2v"}
-    if config.modes.reference_downscale != 1:
-        facts["reference_downscale_factor"] = config.modes.reference_downscale
+    facts: dict[str, object] = {"ic_lora_strategy": config.strategy}
+    if config.strategy == "v2v":
+        facts["v2v_training"] = True
+        if config.modes.reference_downscale != 1:
+            facts["reference_downscale_factor"] = config.modes.reference_downscale
+    else:
+        facts["audio_ref_ic_training"] = True
+        if config.modes.audio_reference.negative_positions:
+            facts["audio_ref_use_negative_positions"] = True
     return facts
 
 

@@ -3,10 +3,33 @@
 from __future__ import annotations
 
 from ltx2_tuner.training.modes.audio import AudioMode
+from ltx2_tuner.training.modes.audio_reference import AudioReferenceAudioMode, AudioReferenceAVMode
 from ltx2_tuner.training.modes.av import AVMode
-from ltx2_tuner.training.modes.base import Compute, Mode, ModeOptions, Prepared
+from ltx2_tuner.training.modes.base import AudioReferenceOptions, Compute, Mode, ModeOptions, Prepared
+from ltx2_tuner.training.modes.v2v import V2VMode
 from ltx2_tuner.training.modes.video import VideoMode
 
-MODES: dict[str, type[Mode]] = {mode.name: mode for mode in (VideoMode, AVMode, AudioMode)}
+# (--ltx2_mode, settled --ic_lora_strategy) -> mode.
+MODES: dict[tuple[str, str], type[Mode]] = {
+    ("video", "none"): VideoMode,
+    ("video", "v2v"): V2VMode,
+    ("av", "none"): AVMode,
+    ("av", "audio_ref_only_ic"): AudioReferenceAVMode,
+    ("audio", "none"): AudioMode,
+    ("audio", "audio_ref_only_ic"): AudioReferenceAudioMode,
+}
 
-__all__ = ["MODES", "AVMode", "AudioMode", "Compute", "Mode", "ModeOptions", "Prepared", "VideoMode"]
+__all__ = [
+    "MODES",
+    "AVMode",
+    "AudioMode",
+    "AudioReferenceAVMode",
+    "AudioReferenceAudioMode",
+    "AudioReferenceOptions",
+    "Compute",
+    "Mode",
+    "ModeOptions",
+    "Prepared",
+    "V2VMode",
+    "VideoMode",
+]

@@ -7,7 +7,7 @@ import torch
 from ltx2_tuner.errors import UserError
 from ltx2_tuner.training.draws import Draws
 from ltx2_tuner.training.modes.base import Compute, ModeOptions, Prepared, loss_weight
-from ltx2_tuner.training.modes.streams import audio_task, audio_tokens, batch_text, require_audio_text
+from ltx2_tuner.training.modes.streams import StreamTask, audio_task, audio_tokens, batch_text, require_audio_text
 from ltx2_tuner.training.modes.video import batch_buckets
 
 
@@ -30,18 +30,22 @@ class AudioMode:
         count = len(clean)
         lengths = batch["audio_lengths"]
         text = batch_text(batch, draws.caption_dropout(count), self.compute.blank)
-        context = require_audio_text(text, batch, self.name)
+        context = require_audio_text(text, batch, "audio")
         sigma = draws.sigma(self._virtual_tokens(batch), batch_buckets(batch))
-        task = audio_task(clean, lengths, sigma, draws.noise(tuple(clean.shape)))
+        task = self.condition(audio_task(clean, lengths, sigma, draws.noise(tuple(clean.shape))), batch)
         return Prepared(
             video=None,
-            audio=self.compute.modality(task, context, text.mask, is_padded(lengths, clean.shape[1])),
+            audio=self.compute.modality(task, context, text.mask),
             video_task=None,
             audio_task=task,
             video_weight=0.0,
             audio_weight=loss_weight(batch, "audio", self.options.audio_weight),
             has_audio=True,
         )
+
+    def condition(self, task: StreamTask, batch: dict) -> StreamTask:
+        """The task with what else the sound is given; nothing here."""
+        return task
 
     def _virtual_tokens(self, batch: dict) -> torch.Tensor:
         """Tokens (B,) of the virtual picture of each sample."""
@@ -57,8 +61,3 @@ class AudioMode:
                 "re-run ltx2_cache_latents.py --ltx2_mode audio"
             )
         return tokens
-
-
-def is_padded(lengths: torch.Tensor, tokens: int) -> bool:
-    """Whether some sample of lengths (B,) on the CPU has fewer real steps than the batch has tokens."""
-    return bool((lengths != tokens).any())

@@ -7,7 +7,6 @@ import math
 import torch
 
 from ltx2_tuner.training.draws import Draws
-from ltx2_tuner.training.modes.audio import is_padded
 from ltx2_tuner.training.modes.base import Compute, ModeOptions, Prepared, loss_weight
 from ltx2_tuner.training.modes.streams import (
     StreamTask,
@@ -51,9 +50,8 @@ class AVMode:
             clean, lengths, weights, has_audio = sound
             if weights is not None and not has_audio:
                 audio_weight, weights = audio_weight * self.options.silence_weight, None
-            task = self._audio_task(clean, lengths, weights, sigma, draws)
-            padded = is_padded(lengths, clean.shape[1])
-            modality = self.compute.modality(task, require_audio_text(text, batch, self.name), text.mask, padded)
+            task = self.condition(self._audio_task(clean, lengths, weights, sigma, draws), batch)
+            modality = self.compute.modality(task, require_audio_text(text, batch, "av"), text.mask)
         return Prepared(
             video=self.compute.modality(video, text.video, text.mask),
             audio=modality,
@@ -63,6 +61,10 @@ class AVMode:
             audio_weight=audio_weight,
             has_audio=has_audio,
         )
+
+    def condition(self, task: StreamTask, batch: dict) -> StreamTask:
+        """The task with what else the sound is given; nothing here."""
+        return task
 
     def _audio_task(
         self,

@@ -5,7 +5,7 @@ The loop never asks which mode it runs. Legend: B batch, T tokens, C channels, S
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -16,12 +16,26 @@ from ltx2_tuner.training.modes.streams import StreamTask, Text
 
 
 @dataclass(frozen=True)
+class AudioReferenceOptions:
+    """How reference sound is set apart; all off by default, all on in the published ID-LoRA recipe.
+
+    negative_positions: the reference lies before time 0 instead of beside the target. hidden_from_video: the picture
+    does not attend to it. hidden_from_text: it does not attend to the text.
+    """
+
+    negative_positions: bool = False
+    hidden_from_video: bool = False
+    hidden_from_text: bool = False
+
+
+@dataclass(frozen=True)
 class ModeOptions:
     """What the modes can be told.
 
     sequence_resolution: pixels of the virtual picture that audio-only training takes its shift from, 0 = the cached
     size. silence_*: train items without sound on silence. audio_step_seconds: seconds of one audio latent step.
     audio_width: channels of an audio token. reference_downscale: reference videos are this many times smaller.
+    audio_reference: how reference sound is set apart from the target.
     """
 
     video_weight: float = 1.0
@@ -32,8 +46,8 @@ class ModeOptions:
     silence_weight: float = 1.0
     audio_step_seconds: float = 0.04
     audio_width: int = 128
-    reference: bool = False
     reference_downscale: int = 1
+    audio_reference: AudioReferenceOptions = field(default_factory=AudioReferenceOptions)
 
 
 @dataclass(frozen=True)
@@ -51,13 +65,15 @@ class Prepared:
     def run(self, model: LTXTransformer) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Predicted velocities of the target tokens, (B, N, C) each."""
         video, audio = model(self.video, self.audio)
-        if video is not None and self.video_task is not None:
-            video = video[:, self.video_task.first_output :]
+        if video is not None:
+            video = self.video_task.outputs(video)
+        if audio is not None:
+            audio = self.audio_task.outputs(audio)
         return video, audio
 
 
 class Mode(Protocol):
-    """One way of training: video, av or audio."""
+    """One way of training: video, av, audio, or one of these with references."""
 
     name: str
     lora_preset: str
@@ -79,13 +95,8 @@ class Compute:
     dtype: torch.dtype
     blank: Text | None = None
 
-    def modality(
-        self, task: StreamTask, context: torch.Tensor, context_mask: torch.Tensor | None, padded: bool = False
-    ) -> Modality:
-        """The model's record of one stream. Noise levels and positions stay float32 whatever the dtype.
-
-        padded: tokens outside the task's mask are padding, which nothing may attend to.
-        """
+    def modality(self, task: StreamTask, context: torch.Tensor, context_mask: torch.Tensor | None) -> Modality:
+        """The model's record of one stream. Noise levels and positions stay float32 whatever the dtype."""
         sigma = task.sigma.to(self.device)
         levels, index = sigma[:, None], None
         if task.clean is not None:
@@ -99,9 +110,10 @@ class Compute:
             positions=task.positions,
             context=context.to(self.device, self.dtype),
             context_mask=None if context_mask is None else context_mask.to(self.device),
-            attention_mask=task.mask[:, None].float() if padded else None,
+            attention_mask=None if task.valid is None else task.valid[:, None].float(),
             timestep_index=index,
-            cross_mask=task.mask if padded else None,
+            cross_mask=task.valid if task.visible is None else task.visible,
+            text_keep=task.reads_text,
         )
 
 

@@ -5,7 +5,6 @@ Legend: B batch, T tokens, C channels, F/H/W latent frames, height, width, S tex
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -21,10 +20,12 @@ DEFAULT_FPS = 25.0
 class StreamTask:
     """What one stream gets and what it is asked for.
 
-    latent (B, T, C) float32 noisy tokens; sigma (B,) float32 on the CPU; clean (B, T) bool, true on conditioning
-    tokens, None when there are none; positions (B, axes, T, 2) float32; target (B, N, C) float32, N the tokens from
-    `first_output` on; mask (B, N) bool, true where the loss counts; sample_weights (B,) or None, factors of the
-    samples' losses.
+    latent (B, T, C) float32 noisy tokens; sigma (B,) float32 on the CPU; positions (B, axes, T, 2) float32; target
+    (B, N, C) float32, of the N tokens from `first_output` on; mask (B, N) bool, true where the loss counts; clean
+    (B, T) bool, true on conditioning tokens, None when there are none; sample_weights (B,) or None, factors of the
+    samples' losses; valid (B, T) bool, false on padding, which nothing may attend to, None without padding; visible
+    (B, T) bool, tokens that the other stream may attend to, None for all valid ones; reads_text (B, T) bool, tokens
+    that attend to the text, None for all.
     """
 
     latent: torch.Tensor
@@ -35,6 +36,13 @@ class StreamTask:
     clean: torch.Tensor | None = None
     first_output: int = 0
     sample_weights: torch.Tensor | None = None
+    valid: torch.Tensor | None = None
+    visible: torch.Tensor | None = None
+    reads_text: torch.Tensor | None = None
+
+    def outputs(self, prediction: torch.Tensor) -> torch.Tensor:
+        """The target tokens (B, N, C) of a prediction (B, T, C)."""
+        return prediction[:, self.first_output : self.first_output + self.target.shape[1]]
 
     def timesteps(self) -> torch.Tensor:
         """Noise level of every token, (B, T): 0 on conditioning tokens."""
@@ -64,27 +72,6 @@ def video_task(
     return StreamTask(add_noise(tokens, noise, levels), sigma, positions, velocity(tokens, noise), mask, clean)
 
 
-def with_reference(task: StreamTask, reference: torch.Tensor, fps: torch.Tensor, downscale: int) -> StreamTask:
-    """Put a clean reference video (B, C, F, H, W) in front of the target tokens.
-
-    Its grid starts at 0 like the target's, with height and width scaled up by `downscale`.
-    """
-    batch, _, frames, height, width = reference.shape
-    device = task.latent.device
-    tokens = patchify_video(reference.to(device, torch.float32))
-    count = tokens.shape[1]
-    rate = fps.float().to(device)
-    positions = video_positions(frames, height, width, rate, batch=batch, downscale=downscale, device=device)
-    clean = ~task.mask if task.clean is None else task.clean
-    return dataclasses.replace(
-        task,
-        latent=torch.cat([tokens, task.latent], dim=1),
-        positions=torch.cat([positions, task.positions], dim=2),
-        clean=torch.cat([clean.new_ones(batch, count), clean], dim=1),
-        first_output=count,
-    )
-
-
 def audio_task(
     clean: torch.Tensor,
     lengths: torch.Tensor,
@@ -92,7 +79,7 @@ def audio_task(
     noise: torch.Tensor,
     sample_weights: torch.Tensor | None = None,
 ) -> StreamTask:
-    """The sound stream of clean tokens (B, T, C), of which the first `lengths` (B,) of each sample are real."""
+    """The sound stream of clean tokens (B, T, C), of which the first `lengths` (B,) (CPU) of each sample are real."""
     batch, tokens, _ = clean.shape
     device = noise.device
     clean = clean.to(device, torch.float32)
@@ -102,7 +89,8 @@ def audio_task(
     if sample_weights is not None:
         sample_weights = sample_weights.to(device)
     noisy, target = add_noise(clean, noise, levels), velocity(clean, noise)
-    return StreamTask(noisy, sigma, positions, target, mask, sample_weights=sample_weights)
+    valid = mask if bool((lengths != tokens).any()) else None
+    return StreamTask(noisy, sigma, positions, target, mask, sample_weights=sample_weights, valid=valid)
 
 
 def audio_tokens(latents: torch.Tensor) -> torch.Tensor:
