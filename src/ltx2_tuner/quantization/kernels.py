@@ -60,7 +60,7 @@ def expand_fp8(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     out = torch.empty(rows, columns, dtype=dtype, device=codes.device)
     with torch.cuda.device(codes.device):
         _expand_fp8[(rows, triton.cdiv(columns, _BLOCK))](
-            codes.view(torch.uint8),
+            codes.contiguous().view(torch.uint8),
             scale.contiguous(),
             out,
             columns,
