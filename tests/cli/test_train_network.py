@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import safe_open
 
 from ltx2_tuner.cli.ltx2_train_network import build_parser, main
@@ -241,6 +243,24 @@ def test_caches_of_another_checkpoint_are_refused(tmp_path, space, capsys):
     assert main(space.arguments("--ltx2_checkpoint", other, "--cache_check_mode", "off", "--preflight_only")) == 0
 
 
+def test_distilled_checkpoints_are_not_for_training(tmp_path, space, capsys, caplog):
+    distilled = tmp_path / "ltx-2-distilled.safetensors"
+    shutil.copy(space.checkpoint, distilled)
+    assert main(space.arguments("--ltx2_checkpoint", distilled, "--preflight_only")) == 0
+    assert "should not be trained on" in caplog.text
+    found = errors_of(capsys, *space.arguments("--ltx2_checkpoint", distilled, "--ltx_version_check_mode", "error"))
+    assert "give the full one" in found
+
+
+def test_running_out_of_memory_names_what_is_not_on_yet(space, capsys, monkeypatch):
+    def fail(self):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr("ltx2_tuner.training.loop.Trainer.train", fail)
+    found = errors_of(capsys, *space.arguments("--gradient_checkpointing"))
+    assert "try, in this order: --fp8_base --fp8_scaled, --blocks_to_swap 20" in found
+
+
 def test_show_timesteps(space, capsys):
     assert main(space.arguments("--show_timesteps", "console")) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -268,15 +288,18 @@ def test_tensorboard_gets_the_documented_names(tmp_path, checkpoint):
 
     space = write_workspace(tmp_path, checkpoint, [Clip(sound=17)] * 2)
     logs = tmp_path / "logs"
-    assert main(space.arguments("--ltx2_mode", "av", "--logging_dir", logs, "--log_prefix", "run-")) == 0
+    flags = ["--logging_dir", logs, "--log_prefix", "run-", "--log_timestep_distribution_interval", 2]
+    assert main(space.arguments("--ltx2_mode", "av", *flags)) == 0
     (folder,) = logs.iterdir()
     assert folder.name.startswith("run-2")
-    events = EventAccumulator(str(folder / "network_train")).Reload()
+    events = EventAccumulator(str(folder / "network_train"), size_guidance={"histograms": 0}).Reload()
     names = set(events.Tags()["scalars"])
     losses = ("current", "average", "epoch", "video", "audio", "audio_video_ratio")
     assert {f"loss/{name}" for name in losses} <= names
     assert {"lr/unet", "grad_norm/total", "grad_norm/video", "grad_norm/audio", "perf/step_seconds"} <= names
     assert any(name.startswith("loss_v/sigma_") for name in names)
+    assert set(events.Tags()["histograms"]) == {"timestep/used_values", "timestep/used_values_audio"}
+    assert [event.step for event in events.Histograms("timestep/used_values")] == [2, 4]
 
 
 def test_the_effective_configuration_reproduces_the_run(space):

@@ -329,6 +329,8 @@ def training_notes(args: argparse.Namespace) -> list[str]:
         notes.append(f"--huber_delta has no effect with --loss_type {args.loss_type}")
     if args.independent_audio_timestep and args.ltx2_mode == "audio":
         notes.append("--independent_audio_timestep changes nothing in audio mode")
+    if (args.learning_rate or 0) > 3e-4 and args.optimizer_type.lower() in ("adamw", "adamw8bit"):
+        notes.append(f"--learning_rate {args.learning_rate:g} is high for a LoRA; 1e-4 to 2e-4 is usual")
     if args.ltx2_first_frame_conditioning_p == 0 and args.ltx2_mode != "audio":
         notes.append("first-frame conditioning is off: the adapter learns text to video only")
     return notes

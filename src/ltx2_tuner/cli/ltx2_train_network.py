@@ -97,9 +97,28 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(line)
             return 0
         trainer.train()
+    except torch.OutOfMemoryError as error:
+        raise UserError(_memory_advice(args, processes.device)) from error
     finally:
         trackers.close()
     return 0
+
+
+def _memory_advice(args: argparse.Namespace, device: torch.device) -> str:
+    """What to try after running out of device memory, cheapest first, without what is on already."""
+    advice = []
+    if not args.gradient_checkpointing:
+        advice.append("--gradient_checkpointing")
+    if not (args.fp8_base or args.nf4_base):
+        advice.append("--fp8_base --fp8_scaled")
+    if not args.blocks_to_swap:
+        advice.append("--blocks_to_swap 20 (or more)")
+    if not args.gradient_checkpointing_cpu_offload:
+        advice.append("--gradient_checkpointing_cpu_offload")
+    if not args.nf4_base:
+        advice.append("--nf4_base")
+    advice.append("a smaller resolution, batch_size or target_frames")
+    return f"{device} ran out of memory; try, in this order: {', '.join(advice)}"
 
 
 def _mixed_precision(args: argparse.Namespace) -> str:

@@ -22,6 +22,7 @@ from ltx2_tuner.memory.options import CompileOptions, MemoryOptions
 from ltx2_tuner.memory.prepare import block_placement, prepare_model
 from ltx2_tuner.models.transformer import LTXTransformer, TransformerConfig
 from ltx2_tuner.quantization.formats import WeightFormat
+from ltx2_tuner.sampling.options import is_distilled
 from ltx2_tuner.training.balance import AudioBalancer
 from ltx2_tuner.training.base_weights import merge_base_weights
 from ltx2_tuner.training.footprint import plan_memory
@@ -129,6 +130,11 @@ def open_sources(config: TrainingConfig, processes: Processes) -> Sources:
     checkpoint = Checkpoint.open(config.checkpoint)
     version = check_version(checkpoint, config.version, config.version_check)
     logger.info("%s is an LTX-%s checkpoint", checkpoint.path.name, checkpoint.version)
+    if is_distilled(checkpoint.path):
+        message = f"{checkpoint.path.name} is a distilled checkpoint, which adapters should not be trained on"
+        if config.version_check == "error":
+            raise UserError(f"{message}; give the full one")
+        logger.warning(message)
     _check_weights(checkpoint, config, processes.device)
     try:
         model = TransformerConfig.from_dict(checkpoint.config.get("transformer", {}))
@@ -240,6 +246,8 @@ def build(
         guard=NonFiniteGuard(config.loop.nan_check),
         saver=_make_saver(config, sources, describe_optimizer(optimizer, config.optimizer), processes, loop, len(data)),
         log=trackers.log,
+        histogram=trackers.histogram,
+        histogram_interval=config.logs.histogram_interval if config.logs.trackers else 0,
         validation=config.validation,
         validator=validator,
         samples=config.samples,
@@ -248,7 +256,18 @@ def build(
     )
     trainer = Trainer(run)
     _resume(config, trainer)
+    logger.info("%s", _length_line(trainer, sources))
     return trainer
+
+
+def _length_line(trainer: Trainer, sources: Sources) -> str:
+    items = sum(len(found.items) for found in sources.training.inventories)
+    batches, steps = len(trainer.run.data), trainer.max_steps
+    seen = steps * trainer.run.loop.accumulation / max(batches, 1)
+    return (
+        f"{items} items, {batches} batches an epoch, {steps} optimizer steps: "
+        f"every item is seen about {seen:.1f} times its num_repeats"
+    )
 
 
 def _load_model(config: TrainingConfig, sources: Sources, device: torch.device) -> LTXTransformer:

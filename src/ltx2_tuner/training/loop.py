@@ -74,6 +74,8 @@ class Run:
     guard: NonFiniteGuard
     saver: RunSaver
     log: Callable[[dict[str, float], int], None]
+    histogram: Callable[[str, Sequence[float], int], None]
+    histogram_interval: int
     validation: ValidationOptions
     validator: Validator | None
     samples: SampleOptions
@@ -89,6 +91,7 @@ class Trainer:
         self.progress = Progress()
         self.average = LossAverage()
         self.metrics: dict[str, float] = {}
+        self._used_sigmas: dict[str, list[float]] = {}
         self.steps_per_epoch = math.ceil(len(run.data) / run.loop.accumulation)
         self.max_steps = run.loop.max_steps
         self.epochs = math.ceil(self.max_steps / self.steps_per_epoch)
@@ -174,6 +177,9 @@ class Trainer:
     def _finish_window(self, window: list[MicroBatch], line: StepLine, stop: StopFlag, waiting: float) -> None:
         values = self._close_window(window, stop)
         items = [item for batch in window for item in batch.items]
+        for batch in window:
+            self._used_sigmas.setdefault("timestep/used_values", []).extend(batch.video_sigma)
+            self._used_sigmas.setdefault("timestep/used_values_audio", []).extend(batch.audio_sigma)
         if self.run.guard.accept(values.finite, items):
             self._step(values, waiting, line)
         self._zero_gradients()
@@ -211,7 +217,18 @@ class Trainer:
         perf = line.advance(self.metrics, balanced=run.loss.balance.mode != "none")
         perf["perf/data_wait_seconds"] = waiting
         run.log({**self.metrics, **perf, **rates}, progress.step)
+        self._log_used_sigmas()
         self._after_step(line)
+
+    def _log_used_sigmas(self) -> None:
+        """Every so often, the distribution of sigma * 1000 since the last time."""
+        interval, step = self.run.histogram_interval, self.progress.step
+        if not interval or step % interval:
+            return
+        for name, sigmas in self._used_sigmas.items():
+            if sigmas:
+                self.run.histogram(name, [1000 * sigma for sigma in sigmas], step)
+        self._used_sigmas.clear()
 
     def _norm_limit(self) -> dict[str, float]:
         limit = self.run.loop.scale_weight_norms
