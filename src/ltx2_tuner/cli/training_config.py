@@ -40,8 +40,6 @@ UNAVAILABLE = (
     "use_precached_preservation",
     "loftq_init",
     "awq_calibration",
-    "lycoris_config",
-    "init_lokr_norm",
     "huggingface_repo_id",
     "resume_from_huggingface",
     "save_state_to_huggingface",
