@@ -127,6 +127,22 @@ def open_sources(config: TrainingConfig, processes: Processes) -> Sources:
     Raises:
         UserError: what does not fit, and the command or flag that mends it.
     """
+    checkpoint, version, model = open_checkpoint(config, processes)
+    training = TrainingData(config.data, config.loop.seed, config.batches)
+    validation = ValidationData(config.data, config.batches) if config.validation.wanted else None
+    if config.data.validation and validation is None:
+        logger.info("validation datasets are not used without --validate_every_n_steps or _epochs")
+    inventories = [*training.inventories, *(validation.inventories if validation else [])]
+    check_caches(inventories, expected_caches(checkpoint, model, config), config.cache_check)
+    return Sources(checkpoint, version, model, training, validation)
+
+
+def open_checkpoint(config: TrainingConfig, processes: Processes) -> tuple[Checkpoint, str, TransformerConfig]:
+    """The checkpoint with its header read and checked against the run, the version, and the transformer's sizes.
+
+    Raises:
+        UserError: what does not fit, and the flag that mends it.
+    """
     checkpoint = Checkpoint.open(config.checkpoint)
     version = check_version(checkpoint, config.version, config.version_check)
     logger.info("%s is an LTX-%s checkpoint", checkpoint.path.name, checkpoint.version)
@@ -146,13 +162,7 @@ def open_sources(config: TrainingConfig, processes: Processes) -> Sources:
             f"blocks_to_swap must be at most {model.num_layers - 1} (the model has {model.num_layers} blocks), "
             f"got {swapped}"
         )
-    training = TrainingData(config.data, config.loop.seed, config.batches)
-    validation = ValidationData(config.data, config.batches) if config.validation.wanted else None
-    if config.data.validation and validation is None:
-        logger.info("validation datasets are not used without --validate_every_n_steps or _epochs")
-    inventories = [*training.inventories, *(validation.inventories if validation else [])]
-    check_caches(inventories, _expected(checkpoint, model, config), config.cache_check)
-    return Sources(checkpoint, version, model, training, validation)
+    return checkpoint, version, model
 
 
 def _check_weights(checkpoint: Checkpoint, config: TrainingConfig, device: torch.device) -> None:
@@ -172,7 +182,8 @@ def _check_weights(checkpoint: Checkpoint, config: TrainingConfig, device: torch
         logger.info("the file's NF4 block size %d is used", checkpoint.nf4_block_size)
 
 
-def _expected(checkpoint: Checkpoint, model: TransformerConfig, config: TrainingConfig) -> ExpectedCaches:
+def expected_caches(checkpoint: Checkpoint, model: TransformerConfig, config: TrainingConfig) -> ExpectedCaches:
+    """What the caches of a run must have been made with."""
     mode = config.mode
     return ExpectedCaches(
         mode=mode,
@@ -192,6 +203,7 @@ def build(
     sources: Sources,
     trackers: Trackers,
     sampler: Sampler | None = None,
+    make_trainer: Callable[[Run], Trainer] = Trainer,
 ) -> Trainer:
     """Load the weights and make the trainer, resumed where the configuration asks for it.
 
@@ -254,7 +266,7 @@ def build(
         sampler=sampler,
         scaler=torch.amp.GradScaler(device.type) if config.mixed_precision == "fp16" else None,
     )
-    trainer = Trainer(run)
+    trainer = make_trainer(run)
     _resume(config, trainer)
     logger.info("%s", _length_line(trainer, sources))
     return trainer

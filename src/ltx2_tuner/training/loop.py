@@ -17,10 +17,10 @@ import torch
 from torch import nn
 
 from ltx2_tuner.training.balance import AudioBalancer
-from ltx2_tuner.training.draws import TrainingDraws
+from ltx2_tuner.training.draws import Draws, TrainingDraws
 from ltx2_tuner.training.guard import NonFiniteGuard
-from ltx2_tuner.training.modes import Mode
-from ltx2_tuner.training.objective import task_loss
+from ltx2_tuner.training.modes import Mode, Prepared
+from ltx2_tuner.training.objective import LossTerms, task_loss
 from ltx2_tuner.training.options import DrawOptions, LoopOptions, LossOptions, SampleOptions, ValidationOptions
 from ltx2_tuner.training.progress import LossAverage, Progress, StepLine, StopFlag, stop_requests
 from ltx2_tuner.training.random import DrawKey, default_generator_states, restore_default_generators
@@ -157,14 +157,7 @@ class Trainer:
             first_frame_p=run.draws.first_frame_p,
             caption_dropout_rate=run.draws.caption_dropout_rate,
         )
-        prepared = run.mode.prepare(batch, draws)
-        if run.monitor is not None:
-            run.monitor.observe(prepared.has_audio)
-        with run.autocast():
-            video, audio = prepared.run(run.model)
-        terms = task_loss(prepared, video, audio, run.loss, run.balancer)
-        total = terms.total / run.loop.accumulation
-        (total if run.scaler is None else run.scaler.scale(total)).backward()
+        prepared, terms = self._learn(batch, draws)
         return MicroBatch(
             items=list(batch["item_keys"]),
             slot=slot,
@@ -173,6 +166,23 @@ class Trainer:
             video_sigma=[] if prepared.video_task is None else prepared.video_task.sigma.tolist(),
             audio_sigma=[] if prepared.audio_task is None else prepared.audio_task.sigma.tolist(),
         )
+
+    def _learn(self, batch: dict, draws: Draws) -> tuple[Prepared, LossTerms]:
+        """Forward and backward; what the batch became, and its losses."""
+        run = self.run
+        prepared = run.mode.prepare(batch, draws)
+        if run.monitor is not None:
+            run.monitor.observe(prepared.has_audio)
+        with run.autocast():
+            video, audio = prepared.run(run.model)
+        terms = task_loss(prepared, video, audio, run.loss, run.balancer)
+        self._backward(terms.total)
+        return prepared, terms
+
+    def _backward(self, loss: torch.Tensor) -> None:
+        """Add a micro-batch's share of the window's gradients."""
+        loss = loss / self.run.loop.accumulation
+        (loss if self.run.scaler is None else self.run.scaler.scale(loss)).backward()
 
     def _finish_window(self, window: list[MicroBatch], line: StepLine, stop: StopFlag, waiting: float) -> None:
         values = self._close_window(window, stop)
