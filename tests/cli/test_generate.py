@@ -92,6 +92,26 @@ def test_a_lora_counts_with_its_strength(models, tmp_path, save):
     torch.testing.assert_close(on["video"], halves["video"], atol=2e-5, rtol=0)
 
 
+@pytest.mark.parametrize(
+    ("flags", "tolerance"),
+    [
+        (("--blocks_to_swap", "2"), 0.0),
+        (("--split_attn_target", "all", "--split_attn_mode", "query", "--split_attn_chunk_size", "3"), 1e-4),
+        (("--ffn_chunk_target", "all", "--ffn_chunk_size", "3"), 1e-4),
+        (("--attn_mode", "torch"), 0.0),
+        (("--fp8_base", "--fp8_scaled"), 1.0),
+        (("--nf4_base", "--nf4_block_size", "16"), 3.0),
+    ],
+)
+def test_memory_flags_change_little(models, tmp_path, flags, tolerance):
+    plain = latents(models, tmp_path / "plain")["video"]
+    other = latents(models, tmp_path / "other", *flags)["video"]
+    difference = (plain - other).abs().max().item()
+    assert difference <= tolerance
+    if tolerance >= 1.0:
+        assert difference > 1e-4, "the weights were not quantised"
+
+
 def test_saved_latents_decode_to_the_same_clip(models, tmp_path):
     generate(models, tmp_path / "a", "--prompt", "a cat", "--output_type", "both")
     saved = next((tmp_path / "a").glob("*_latent.safetensors"))
@@ -115,6 +135,8 @@ def test_saved_latents_decode_to_the_same_clip(models, tmp_path):
         (("--prompt", "x", "--sample_audio_only"), 1, ["--sample_audio_only needs --ltx2_mode av or audio"]),
         (("--prompt", "x", "--sample_tiled_vae", "--sample_vae_tile_size", "70"), 1, ["multiple of 32"]),
         (("--prompt", "x", "--loftq_init"), 1, ["training only"]),
+        (("--prompt", "x", "--fp8_base", "--nf4_base"), 1, ["choose one of --fp8_base and --nf4_base"]),
+        (("--prompt", "x", "--blocks_to_swap", "99"), 1, ["blocks_to_swap"]),
         (("--sample_prompts", "nothing.txt"), 1, ["nothing.txt", "no such file"]),
     ],
 )

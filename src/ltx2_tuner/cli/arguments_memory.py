@@ -13,17 +13,11 @@ _BACKENDS = ("sdpa", "flash_attn", "flash3", "xformers")
 
 
 def add_precision_arguments(parser: argparse.ArgumentParser) -> None:
-    """Autocast, and how the frozen weights are stored."""
+    """Autocast, how the frozen weights are stored, and what adapters start from."""
     group = parser.add_argument_group("precision")
     flag = {"action": "store_true"}
     group.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="autocast dtype (accelerate's own)")
-    group.add_argument("--fp8_base", **flag, help="keep the frozen weights in fp8")
-    group.add_argument("--fp8_scaled", **flag, help="quantise a bf16 checkpoint to fp8 with scales")
-    group.add_argument("--fp8_scale_mode", choices=("block", "row"), help="block; row with --fp8_compute")
-    group.add_argument("--fp8_compute", **flag, help="multiply in fp8 where the GPU can (faster, less exact)")
-    group.add_argument("--nf4_base", **flag, help="keep the frozen weights in NF4 (4 bit)")
-    group.add_argument("--nf4_block_size", type=int, default=32, help="weights that share a scale")
-    group.add_argument("--quantize_device", choices=("cpu", "cuda", "gpu"), help="where weights are quantised (cuda)")
+    add_weight_arguments(group)
     group.add_argument("--loftq_init", **flag, help="start the adapter from the quantisation error (needs --nf4_base)")
     group.add_argument("--loftq_iters", type=int, default=2, help="LoftQ rounds")
     group.add_argument("--awq_calibration", **flag, help="experimental channel scales before NF4")
@@ -31,8 +25,24 @@ def add_precision_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--awq_num_batches", type=int, default=8, help="synthetic calibration batches")
 
 
-def add_memory_arguments(parser: argparse.ArgumentParser) -> None:
-    """What trades memory for time. None of it changes the numbers beyond kernel rounding."""
+def add_weight_arguments(group: argparse._ArgumentGroup) -> None:
+    """How the frozen weights are stored and multiplied."""
+    flag = {"action": "store_true"}
+    group.add_argument("--fp8_base", "--fp8", **flag, help="keep the frozen weights in fp8")
+    group.add_argument("--fp8_scaled", **flag, help="quantise a bf16 checkpoint to fp8 with scales")
+    group.add_argument("--fp8_scale_mode", choices=("block", "row"), help="block; row with --fp8_compute")
+    group.add_argument("--fp8_compute", **flag, help="multiply in fp8 where the GPU can (faster, less exact)")
+    group.add_argument("--nf4_base", **flag, help="keep the frozen weights in NF4 (4 bit)")
+    group.add_argument("--nf4_block_size", type=int, default=32, help="weights that share a scale")
+    group.add_argument("--quantize_device", choices=("cpu", "cuda", "gpu"), help="where weights are quantised (cuda)")
+
+
+def add_memory_arguments(parser: argparse.ArgumentParser, *, training: bool = True) -> None:
+    """What trades memory for time. None of it changes the numbers beyond kernel rounding.
+
+    Args:
+        training: with what matters to the backward pass alone.
+    """
     group = parser.add_argument_group("memory")
     flag, either = {"action": "store_true"}, {"action": argparse.BooleanOptionalAction}
     group.add_argument("--vram_budget", default="auto", help="auto (what is free) or GB for the planner to stay within")
@@ -42,10 +52,13 @@ def add_memory_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--block_swap_h2d_only", **flag, help="accepted: frozen weights never travel back anyway")
     group.add_argument("--block_swap_ring_size", type=int, default=2, help="device buffers for streamed blocks")
-    group.add_argument("--gradient_checkpointing", **either, help="recompute blocks in the backward pass (off)")
-    group.add_argument(
-        "--gradient_checkpointing_cpu_offload", **flag, help="keep the inputs of recomputed blocks in host memory"
-    )
+    if training:
+        group.add_argument("--gradient_checkpointing", **either, help="recompute blocks in the backward pass (off)")
+        group.add_argument(
+            "--gradient_checkpointing_cpu_offload", **flag, help="keep the inputs of recomputed blocks in host memory"
+        )
+    else:
+        parser.set_defaults(gradient_checkpointing=False, gradient_checkpointing_cpu_offload=False)
     group.add_argument("--ffn_chunk_target", choices=tuple(FEED_FORWARD_TARGETS), help="feed-forwards run in chunks")
     group.add_argument("--ffn_chunk_size", type=int, default=0, help="tokens of a chunk; 0 is off")
     group.add_argument("--split_attn_target", choices=tuple(ATTENTION_TARGETS), help="attentions run in parts")
@@ -91,7 +104,7 @@ def check_memory(args: argparse.Namespace) -> list[str]:
         ("loftq_init", "nf4_base"),
         ("awq_calibration", "nf4_base"),
     ):
-        if getattr(args, flag) and not getattr(args, needed):
+        if getattr(args, flag, False) and not getattr(args, needed):
             errors.append(f"--{flag} needs --{needed}")
     if args.fp8_scale_mode and not args.fp8_scaled:
         errors.append("--fp8_scale_mode needs --fp8_scaled")

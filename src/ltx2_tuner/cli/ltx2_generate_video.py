@@ -14,20 +14,24 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ltx2_tuner.checkpoint import Checkpoint, check_version, load_transformer, load_video_encoder
+from ltx2_tuner.checkpoint import Checkpoint, check_version
 from ltx2_tuner.cli import values
 from ltx2_tuner.cli.arguments_gemma import add_gemma_arguments, check_gemma, gemma_options
+from ltx2_tuner.cli.arguments_network import strategy_name
 from ltx2_tuner.cli.arguments_sampling import add_sampling_arguments, check_sampling, sampling_options
+from ltx2_tuner.cli.generation_model import add_model_arguments, check_model, load_model
+from ltx2_tuner.cli.media_encoders import encode_conditionings
 from ltx2_tuner.cli.parser import Parser, entry_point
+from ltx2_tuner.cli.references import lora_references
 from ltx2_tuner.errors import UserError
 from ltx2_tuner.files import write_safetensors
-from ltx2_tuner.lora import LoRANetwork, load_lora, table_of
-from ltx2_tuner.lora.targets import compile_patterns, takes
+from ltx2_tuner.lora.targets import STRATEGIES
 from ltx2_tuner.media.write import write_image
-from ltx2_tuner.sampling.conditioning import Conditioning, encode_media, read_latent_cache, wants_media
+from ltx2_tuner.models.transformer import LTXTransformer
+from ltx2_tuner.sampling.conditioning import Conditioning, read_latent_cache
 from ltx2_tuner.sampling.contexts import PromptContext, encode_contexts, read_prompt_cache
 from ltx2_tuner.sampling.options import Request, SamplingOptions, settle
-from ltx2_tuner.sampling.preview import release_memory, write_sample
+from ltx2_tuner.sampling.preview import beside_reference, release_memory, write_sample
 from ltx2_tuner.sampling.prompts import SamplePrompt, parse_line, read_prompts
 from ltx2_tuner.sampling.sampler import Latents, Sampler
 
@@ -51,7 +55,9 @@ def build_parser() -> Parser:
     group.add_argument("--vae_dtype", type=values.dtype, default=torch.bfloat16, help="dtype of the autoencoder")
     group.add_argument("--vae_chunk_size", type=int, help="frames a temporal chunk of the autoencoder's convolutions")
     _add_request_arguments(parser)
-    _add_lora_arguments(parser)
+    add_model_arguments(parser)
+    for name in TRAINING_ONLY:
+        parser.add_argument(f"--{name}", nargs="?", const=True, help=argparse.SUPPRESS)
     add_sampling_arguments(parser)
     output = parser.add_argument_group("output")
     output.add_argument("--output_dir", default="output", help="folder for the results")
@@ -90,25 +96,25 @@ def _add_request_arguments(parser: Parser) -> None:
     group.add_argument("--image_path", help="first-frame image")
     group.add_argument("--reference_video", "--reference_image", dest="reference_video", help="V2V reference")
     group.add_argument("--reference_audio", help="audio reference (modes av and audio)")
-    group.add_argument("--reference_downscale", type=int, default=1, help="the reference is this many times smaller")
+    group.add_argument(
+        "--ic_lora_strategy",
+        type=strategy_name,
+        choices=STRATEGIES,
+        default="auto",
+        help="which references count; auto: what the LoRA says",
+    )
+    group.add_argument("--reference_downscale", type=int, help="how many times smaller the reference is (LoRA's, or 1)")
     group.add_argument("--reference_frames", type=int, default=1, help="frames of the reference")
-    group.add_argument("--audio_ref_use_negative_positions", action="store_true", help="reference sound before time 0")
+    flag = {"action": "store_true"}
+    group.add_argument("--audio_ref_use_negative_positions", **flag, help="reference sound before time 0 (or LoRA's)")
+    for name in ("audio_ref_mask_cross_attention_to_reference", "audio_ref_mask_reference_from_text_attention"):
+        group.add_argument(f"--{name}", **flag, help="accepted: counts in training alone")
     group.add_argument("--audio_ref_identity_guidance_scale", type=float, default=0.0, help="cfg of referenced sound")
-
-
-def _add_lora_arguments(parser: Parser) -> None:
-    group = parser.add_argument_group("LoRA")
-    group.add_argument("--lora_weight", nargs="*", default=(), metavar="FILE", help="LoRA files of any format")
-    group.add_argument("--lora_multiplier", nargs="*", type=float, default=(), help="one, or one a file (default 1.0)")
-    group.add_argument("--include_patterns", nargs="*", default=(), help="regular expressions: only these layers")
-    group.add_argument("--exclude_patterns", nargs="*", default=(), help="regular expressions: without these layers")
-    for name in TRAINING_ONLY:
-        group.add_argument(f"--{name}", nargs="?", const=True, help=argparse.SUPPRESS)
 
 
 def check(args: argparse.Namespace) -> list[str]:
     """Everything wrong with the flags, before a file is opened."""
-    errors = check_sampling(args, args.ltx2_mode)
+    errors = check_sampling(args, args.ltx2_mode) + check_model(args)
     sources = [bool(args.prompt), bool(args.sample_prompts), args.interactive, bool(args.latent_path)]
     if sum(sources) != 1:
         errors.append("give one of --prompt, --sample_prompts, --interactive and --latent_path")
@@ -116,17 +122,15 @@ def check(args: argparse.Namespace) -> list[str]:
         errors.append("--ltx2_checkpoint is needed")
     if args.video_size and (args.height or args.width):
         errors.append("--video_size sets both sizes; drop --height and --width")
-    if len(args.lora_multiplier) not in (0, 1, len(args.lora_weight)):
-        errors.append(f"--lora_multiplier needs one value, or {len(args.lora_weight)} for as many --lora_weight files")
-    if (args.include_patterns or args.exclude_patterns) and not args.lora_weight:
-        errors.append("--include_patterns and --exclude_patterns need --lora_weight")
     errors += [f"--{name} is for training only; drop it" for name in TRAINING_ONLY if getattr(args, name) is not None]
     if not args.latent_path and not args.use_precached_sample_prompts:
         errors += check_gemma(args)
         if not (args.gemma_root or args.gemma_safetensors):
             errors.append("--gemma_root or --gemma_safetensors is needed to encode the prompts")
-    if args.sample_two_stage:
-        errors.append("--sample_two_stage is not available in this version yet; drop it")
+    for name in ("reference_downscale", "reference_frames"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            errors.append(f"--{name} must be at least 1 (got {value})")
     return errors
 
 
@@ -169,8 +173,16 @@ def _options(args: argparse.Namespace, version: str) -> SamplingOptions:
     if seed is None:
         seed = random.SystemRandom().randrange(2**31)
         logger.info("seed %d", seed)
+    trained = lora_references(args.lora_weight)
+    args.reference_downscale = args.reference_downscale or trained.downscale
+    args.audio_ref_use_negative_positions |= trained.negative_positions
     options = sampling_options(
-        args, mode=args.ltx2_mode, version=version, checkpoint=args.ltx2_checkpoint, loras=args.lora_weight
+        args,
+        mode=args.ltx2_mode,
+        version=version,
+        checkpoint=args.ltx2_checkpoint,
+        loras=args.lora_weight,
+        strategy=trained.strategy if args.ic_lora_strategy == "auto" else args.ic_lora_strategy,
     )
     steps = args.sample_steps or (None if args.sample_sampling_preset else STEPS[version])
     return dataclasses.replace(options, frame_rate=args.frame_rate, steps=steps, seed=seed)
@@ -213,14 +225,14 @@ class _Generator:
     def make(self, requests: list[Request]) -> None:
         contexts = self._contexts(requests)
         conditionings = self._conditionings(requests)
-        transformer = self._load_transformer()
+        transformer = self._load_transformer(requests)
         sampler, offload = self._sampler, self._sampler.options.offload
         for request, context, conditioning in zip(requests, contexts, conditionings):
             if conditioning.failed:
                 continue
             if offload:
                 transformer.to(self._device)
-            with tqdm(total=request.steps, desc=f"sample {request.index}", unit="step") as bar:
+            with tqdm(total=sampler.step_count(request), desc=f"sample {request.index}", unit="step") as bar:
                 latents = sampler.denoise(transformer, request, context, conditioning, lambda _, bar=bar: bar.update())
             if offload:
                 transformer.to("cpu")
@@ -257,46 +269,23 @@ class _Generator:
             if not args.sample_latents_cache:
                 raise UserError("--use_precached_sample_latents needs --sample_latents_cache FILE here")
             return read_latent_cache(args.sample_latents_cache, requests, self._sampler.options)
-        if not wants_media(requests):
-            return [Conditioning()] * len(requests)
-        source = Checkpoint.open(args.vae) if args.vae else self._checkpoint
-        encoder = load_video_encoder(source, self._device, args.vae_dtype)
-        result = encode_media(requests, self._sampler.options, encoder)
-        del encoder
-        release_memory()
-        return result
+        return encode_conditionings(
+            requests,
+            self._sampler.options,
+            self._checkpoint,
+            vae=args.vae,
+            device=self._device,
+            vae_dtype=args.vae_dtype,
+        )
 
-    def _load_transformer(self):
+    def _load_transformer(self, requests: list[Request]) -> LTXTransformer:
         if self._transformer is None:
             variant = VARIANTS[self._args.ltx2_mode]
             if self._sampler.options.audio_only:
                 variant = "audio"
-            transformer = load_transformer(self._checkpoint, variant, self._device, self._dtype)
-            for path, multiplier in _loras(self._args):
-                _attach(transformer, path, multiplier, self._args)
-            self._transformer = transformer.eval()
+            tokens = max(r.frames * r.width * r.height for r in requests) // (8 * 32 * 32)
+            self._transformer = load_model(self._args, self._checkpoint, variant, self._device, self._dtype, tokens)
         return self._transformer
-
-
-def _loras(args: argparse.Namespace) -> list[tuple[str, float]]:
-    multipliers = list(args.lora_multiplier) or [1.0]
-    if len(multipliers) == 1:
-        multipliers *= len(args.lora_weight)
-    return list(zip(args.lora_weight, multipliers))
-
-
-def _attach(transformer: torch.nn.Module, path: str, multiplier: float, args: argparse.Namespace) -> None:
-    """Put a LoRA file's adapters beside their layers, filtered by the patterns."""
-    lora = load_lora(path, table_of(transformer))
-    if args.include_patterns or args.exclude_patterns:
-        include = compile_patterns(args.include_patterns, "--include_patterns") or None
-        exclude = compile_patterns(args.exclude_patterns, "--exclude_patterns")
-        kept = {name: module for name, module in lora.modules.items() if takes(name, include, exclude)}
-        lora = dataclasses.replace(lora, modules=kept)
-    network = LoRANetwork.from_file(transformer, lora, multiplier=multiplier)
-    parameter = next(transformer.parameters())
-    network.to(parameter.device).requires_grad_(False).attach(transformer)
-    logger.info("%s: %d modules at strength %g", path, len(network.paths), multiplier)
 
 
 def _stem(args: argparse.Namespace, request: Request) -> Path:
@@ -320,6 +309,8 @@ def _write(args: argparse.Namespace, sampler: Sampler, latents: Latents, request
     if kind == "latent":
         return written
     sample = sampler.decode(latents, request)
+    if sampler.options.include_reference:
+        sample = beside_reference(sample, request, sampler.options)
     if kind in ("images", "latent_images") and sample.frames is not None:
         folder = stem.with_name(stem.name + "_frames")
         for number, frame in enumerate(sample.frames.numpy()):

@@ -13,9 +13,8 @@ from ltx2_tuner.lora.options import NetworkOptions
 from ltx2_tuner.lora.targets import Targets, select_layers
 from ltx2_tuner.memory.options import MemoryOptions
 from ltx2_tuner.memory.planner import Footprint, settle
+from ltx2_tuner.memory.sizes import weight_sizes
 from ltx2_tuner.models.transformer import LTXTransformer, TransformerConfig
-from ltx2_tuner.quantization.formats import WeightFormat
-from ltx2_tuner.quantization.targets import is_quantisable
 
 if TYPE_CHECKING:
     from ltx2_tuner.training.build import Sources, TrainingConfig
@@ -45,27 +44,14 @@ def estimate(config: TrainingConfig, sources: Sources) -> Footprint:
     variant = {"video": "video", "av": "av", "audio": "audio" if config.audio_only_model else "av"}[config.mode]
     with torch.device("meta"):
         model = LTXTransformer(sources.model, variant)
-    sizes = {"block": 0, "rest": 0}
-    for name, parameter in model.named_parameters():
-        kind = "block" if name.startswith("transformer_blocks.") else "rest"
-        sizes[kind] += _stored_bytes(name, parameter, config.weights, config.dtype)
-    blocks = len(model.transformer_blocks)
+    sizes = weight_sizes(model, config.weights, config.dtype)
     return Footprint(
-        blocks=blocks,
-        block=sizes["block"] // blocks,
-        rest=sizes["rest"],
+        blocks=sizes.blocks,
+        block=sizes.block,
+        rest=sizes.rest,
         trained=_adapter_values(model, config.network, config.mode) * _TRAINED_BYTES,
         hidden=largest_hidden(sources.training, sources.model, config.mode, config.dtype),
     )
-
-
-def _stored_bytes(name: str, parameter: torch.Tensor, weights: WeightFormat, dtype: torch.dtype) -> int:
-    count = parameter.numel()
-    if weights.kind == "dense" or not is_quantisable(name, tuple(parameter.shape)):
-        return count * dtype.itemsize
-    if weights.kind == "fp8":
-        return count * (2 if weights.keep_transposed else 1) + count // 32
-    return count // 2 + 2 * count // weights.nf4_block_size
 
 
 def _adapter_values(model: LTXTransformer, network: NetworkOptions, mode: str) -> int:
