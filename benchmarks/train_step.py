@@ -1,8 +1,9 @@
 """Seconds and memory of one LoRA training step at full size, with random weights made on the device.
 
-One JSON line: the median of 6 steps after 3. A step is forward, backward, clipping and AdamW.
+One JSON line: the median of 6 steps after 4. A step is forward, backward, clipping and AdamW.
 
 python benchmarks/train_step.py --mode av --frames 49 --recompute none
+python benchmarks/train_step.py --precision nf4 --blocks_to_swap 47 --recompute full --lora_dtype bfloat16
 python benchmarks/train_step.py --layers 2 --width_divisor 32 --size 64 64 --frames 9 --device cpu   # a small one
 """
 
@@ -13,21 +14,33 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
 import torch
+from torch import nn
 
 from ltx2_tuner.lora import LoRANetwork, Targets, select_layers
-from ltx2_tuner.memory.compilation import compile_blocks, compiler_works
+from ltx2_tuner.memory.options import CompileOptions, MemoryOptions
+from ltx2_tuner.memory.prepare import block_placement, prepare_model
 from ltx2_tuner.models.transformer import LTXTransformer, Modality, TransformerConfig
 from ltx2_tuner.models.transformer.tokens import audio_latent_length, audio_positions, video_positions
+from ltx2_tuner.quantization import is_quantisable
+from ltx2_tuner.quantization.formats import WeightFormat, freeze
+from ltx2_tuner.training.acceleration import accelerate
 
-WARM_UP, MEASURED = 3, 6
+WARM_UP, MEASURED = 4, 6
 TEXT_TOKENS = 1024
 FPS = 25.0
 PEAK_BF16 = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "4090": 165e12, "5090": 210e12}  # dense, FLOP/s
+PRECISIONS = {
+    "bf16": WeightFormat(),
+    "fp8": WeightFormat("fp8"),
+    "fp8_compute": WeightFormat("fp8", "row", fp8_compute=True, keep_transposed=True),
+    "nf4": WeightFormat("nf4"),
+}
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -36,11 +49,17 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--frames", type=int, default=49)
     parser.add_argument("--size", type=int, nargs=2, default=(512, 768), metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--precision", choices=tuple(PRECISIONS), default="bf16", help="of the blocks' matrices")
     parser.add_argument("--recompute", choices=("none", "full"), default="none")
+    parser.add_argument("--blocks_to_swap", type=int, default=0)
     parser.add_argument("--layers", type=int, default=48)
     parser.add_argument("--width_divisor", type=int, default=1, help="narrower heads, for machines without a big card")
     parser.add_argument("--lora_dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=None, help="default: where it works"
+    )
+    parser.add_argument("--joint", action=argparse.BooleanOptionalAction, default=True, help="join layers of one input")
+    parser.add_argument("--graphs", action=argparse.BooleanOptionalAction, default=True, help="CUDA graphs")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--profile", metavar="FILE", help="write the top kernels of one step as text")
     return parser.parse_args(argv)
@@ -61,11 +80,10 @@ def build(args: argparse.Namespace, device: torch.device) -> tuple[LTXTransforme
     )
     with torch.device("meta"):
         model = LTXTransformer(config, args.mode)
-    model = model.to(torch.bfloat16).to_empty(device=device).requires_grad_(False)
+    place = block_placement(args.layers, args.blocks_to_swap, device)
     generator = torch.Generator(device).manual_seed(0)
-    for name, parameter in model.named_parameters():
-        std = 1.0 if "norm" in name else parameter.shape[-1] ** -0.5
-        parameter.data.normal_(0, std, generator=generator)
+    for path, module in list(model.named_modules()):
+        fill(model, path, module, PRECISIONS[args.precision], place, generator)
     layers = select_layers(model, Targets(args.mode, "audio" if args.mode == "audio" else "t2v"))
     network = LoRANetwork(layers, args.rank).to(device)
     if args.lora_dtype == "bfloat16":
@@ -75,6 +93,27 @@ def build(args: argparse.Namespace, device: torch.device) -> tuple[LTXTransforme
         torch.nn.init.normal_(adapter.lora_up.weight, std=0.01)
     network.attach(model)
     return model.train(), network.train()
+
+
+def fill(
+    model: LTXTransformer,
+    path: str,
+    module: nn.Module,
+    form: WeightFormat,
+    place: Callable[[str], torch.device],
+    generator: torch.Generator,
+) -> None:
+    """Give a module's own parameters random values, and the big matrices the form that the checkpoint's would have."""
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        std = 1.0 if "norm" in path else parameter.shape[-1] ** -0.5
+        values = torch.empty(parameter.shape, dtype=torch.bfloat16, device=generator.device)
+        values.normal_(0, std, generator=generator)
+        module.register_parameter(name, nn.Parameter(values, requires_grad=False))
+    if isinstance(module, nn.Linear) and is_quantisable(f"{path}.weight", module.weight.shape):
+        bias = None if module.bias is None else module.bias.data
+        frozen = freeze(path, module.weight.data, bias, form, torch.bfloat16).to(place(path))
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, frozen)
 
 
 def inputs(args: argparse.Namespace, config: TransformerConfig, device: torch.device) -> dict[str, Modality | None]:
@@ -125,10 +164,11 @@ class Step:
         }
         self.parameters = list(self.network.parameters())
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, fused=device.type == "cuda")
-        if args.recompute == "full":
-            self.model.enable_gradient_checkpointing()
-        if args.compile and compiler_works(device):
-            compile_blocks(self.model.transformer_blocks)
+        memory = MemoryOptions(blocks_to_swap=args.blocks_to_swap, checkpointing=args.recompute == "full")
+        self.plan = prepare_model(self.model, memory, CompileOptions(enabled=args.compile), device)
+        self.graphs = None
+        if args.joint:
+            self.graphs = accelerate(self.model, self.network, self.plan, torch.bfloat16, graphs=args.graphs)
 
     def __call__(self) -> torch.Tensor:
         velocities = dict(zip(("video", "audio"), self.model(self.inputs["video"], self.inputs["audio"])))
@@ -151,6 +191,15 @@ def measure(step: Step, device: torch.device) -> float:
         if number >= WARM_UP:
             times.append(time.perf_counter() - start)
     return statistics.median(times)
+
+
+def host_peak_gib() -> float | None:
+    """The most host memory this process has had, where the system tells."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
 
 
 def _synchronize(device: torch.device) -> None:
@@ -183,9 +232,9 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     peak = next((value for key, value in PEAK_BF16.items() if key in name), None)
     line = {
-        "precision": "bf16",
+        "precision": args.precision,
         "recompute": args.recompute,
-        "blocks_to_swap": 0,
+        "blocks_to_swap": args.blocks_to_swap,
         "mode": args.mode,
         "frames": args.frames,
         "size": list(args.size),
@@ -193,9 +242,12 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
         "rank": args.rank,
         "lora_dtype": args.lora_dtype,
         "layers": args.layers,
-        "compiled": args.compile and compiler_works(device),
+        "compiled": step.plan.compiled,
+        "joint": args.joint,
+        "graphs": bool(step.graphs and step.graphs.recordings),
         "sec": round(seconds, 4),
         "peak_gib": round(torch.cuda.max_memory_allocated(device) / 2**30, 2) if device.type == "cuda" else None,
+        "host_peak_gib": host_peak_gib(),
         "tflops": round(work / seconds / 1e12, 1),
         "mfu": round(work / seconds / peak, 3) if peak else None,
         "gpu": name,

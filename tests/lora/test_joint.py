@@ -62,6 +62,7 @@ def test_joint_projections_give_the_same_step(version: str, recompute: bool) -> 
     assert torch.equal(attention.to_k.weight, weight)
     storages = {layer.weight.untyped_storage().data_ptr() for layer in (attention.to_q, attention.to_k, attention.to_v)}
     assert len(storages) == 1, "the joint weight must not be a second copy"
+    assert all(adapter.copies is not None for _, adapter in network.adapters())
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])

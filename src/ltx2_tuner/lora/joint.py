@@ -9,7 +9,7 @@ T tokens, n adapters of a group, r rank.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ltx2_tuner.lora.layer import LoRAAdapter, LoRALinear
 from ltx2_tuner.lora.network import LoRANetwork
+from ltx2_tuner.models.transformer import LTXTransformer
 from ltx2_tuner.models.transformer.attention import Attention
 from ltx2_tuner.models.transformer.model import ATTENTION_TARGETS
 from ltx2_tuner.quantization import FrozenLinear
@@ -51,8 +52,12 @@ class AdapterGroup:
 
     def use(self, down: Tensor, up: Tensor) -> None:
         self.down, self.up = down, up
-        for index, adapter in enumerate(self.adapters):
-            adapter.copies = (down.unflatten(0, (len(self.adapters), -1))[index], up[index])
+        # One by one the adapters multiply only where they are alone or where their strengths differ.
+        matrices = (
+            zip(down.chunk(len(self.adapters)), up.unbind()) if len(self.adapters) > 1 else [(down, up.flatten(0, 1))]
+        )
+        for adapter, copies in zip(self.adapters, matrices):
+            adapter.copies = copies
 
     def add(self, x: Tensor, outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The adapters of x (..., in) added to the outputs (..., out) of their layers."""
@@ -70,14 +75,15 @@ class AdapterGroup:
 class JointLinear:
     """Layers of a module that read the same input, as one call.
 
-    They are looked up at each call: adapters may come and go between calls.
+    They are looked up at each call: adapters may come and go between calls. Weights that `stays` says will not move
+    are joined, too.
     """
 
-    def __init__(self, parent: nn.Module, names: Sequence[str]) -> None:
+    def __init__(self, parent: nn.Module, names: Sequence[str], stays: bool) -> None:
         self.parent, self.names = parent, tuple(names)
         layers = [getattr(parent, name) for name in names]
         self.bases = [_base(layer) for layer in layers]
-        self.base: FrozenLinear | None = join(self.bases)
+        self.base: FrozenLinear | None = join(self.bases) if stays else None
         adapters = [layer.adapter for layer in layers if isinstance(layer, LoRALinear) and layer.base is _base(layer)]
         self.group = AdapterGroup(tuple(adapters)) if len(adapters) == len(layers) and _alike(adapters) else None
 
@@ -108,9 +114,9 @@ class JointLinear:
 class JointProjection:
     """`Attention.project` with the layers of one input as one: q, k and v of self-attention, k and v of another."""
 
-    def __init__(self, attention: Attention, reads_itself: bool) -> None:
+    def __init__(self, attention: Attention, reads_itself: bool, stays: bool) -> None:
         self.reads_itself = reads_itself
-        self.joint = JointLinear(attention, ("to_q", "to_k", "to_v") if reads_itself else ("to_k", "to_v"))
+        self.joint = JointLinear(attention, ("to_q", "to_k", "to_v") if reads_itself else ("to_k", "to_v"), stays)
 
     def __call__(self, attention: Attention, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         if self.reads_itself:
@@ -176,21 +182,23 @@ def _views(flat: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
     return result
 
 
-def join_adapters(model: nn.Module, network: LoRANetwork, dtype: torch.dtype) -> WorkingCopies:
+def join_adapters(
+    model: LTXTransformer, network: LoRANetwork, dtype: torch.dtype, streamed: Collection[int] = ()
+) -> WorkingCopies:
     """Make an attached network fast: joint projections in all attentions, working copies of its adapters.
 
-    The model's `before_blocks` makes the copies from now on. Call it once, when the weights are where they will stay
-    (blocks that move between host and device keep their own layers: their tensors are rebound, a joint one is not).
+    The model's `before_blocks` makes the copies from now on. Call it once, when the weights are where they will stay.
 
     Args:
         dtype: what adapters multiply in.
+        streamed: blocks whose weights move between host and device: these stay apart, their adapters are joined.
     """
     groups, grouped = [], set()
-    for block in model.transformer_blocks:
+    for index, block in enumerate(model.transformer_blocks):
         for name in ATTENTION_TARGETS["all"]:
             if hasattr(block, name):
                 attention = getattr(block, name)
-                projection = JointProjection(attention, name in ATTENTION_TARGETS["self"])
+                projection = JointProjection(attention, name in ATTENTION_TARGETS["self"], index not in streamed)
                 attention.project = projection
                 group = projection.joint.group
                 if group is not None:

@@ -10,11 +10,12 @@ second forward before the first one's backward, a new shape's first pass) runs a
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import logging
 import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -93,13 +94,13 @@ class TrainingGraphs:
     Args:
         model: with its adapters attached and its blocks compiled; weights stay at their addresses.
         parameters: what is trained.
-        usable: asked before each pass whether a recorded one would do the same (no dropout, say).
+        state: what else a recording depends on, asked before each pass.
     """
 
     def __init__(
-        self, model: LTXTransformer, parameters: Sequence[nn.Parameter], usable: Callable[[], bool] = lambda: True
+        self, model: LTXTransformer, parameters: Sequence[nn.Parameter], state: Callable[[], Hashable] = lambda: None
     ) -> None:
-        self.model, self.parameters, self.usable = model, list(parameters), usable
+        self.model, self.parameters, self.state = model, list(parameters), state
         self.eager = model.forward
         self.recordings: dict[Hashable, _Recording] = {}
         self.seen: dict[Hashable, int] = {}
@@ -135,7 +136,7 @@ class TrainingGraphs:
 
     def _applies(self) -> bool:
         model = self.model
-        if not (torch.is_grad_enabled() and model.training and model.block_outputs is None and self.usable()):
+        if not (torch.is_grad_enabled() and model.training and model.block_outputs is None):
             return False
         if model.block_runner is not run_block or (self.unfinished is not None and self.unfinished() is not None):
             return False
@@ -143,7 +144,7 @@ class TrainingGraphs:
 
     def _key(self, streams: Streams) -> Hashable:
         """What a recording depends on: shapes, dtypes, switches, and where the trained parameters are."""
-        parts: list[Hashable] = [self.parameters[0].data_ptr(), self.parameters[-1].data_ptr()]
+        parts: list[Hashable] = [self.parameters[0].data_ptr(), self.parameters[-1].data_ptr(), self.state()]
         parts.append(torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None)
         for modality in streams:
             for spec in () if modality is None else dataclasses.fields(modality):
@@ -172,19 +173,28 @@ class TrainingGraphs:
         inputs = tuple(None if modality is None else _copied(modality) for modality in streams)
         recording = _Recording(inputs, (None, None), (None, None), [])
         self.model.block_runner = self.two_streams
-        with torch.cuda.graph(recording.forward, pool=self.pool, capture_error_mode="thread_local"):
+        with self._recording_into(recording.forward):
             velocities = self.eager(*inputs)
-        present = [velocity for velocity in velocities if velocity is not None and velocity.requires_grad]
+        present = [velocity for velocity in velocities if velocity is not None]
         recording.velocities = tuple(None if velocity is None else velocity.detach() for velocity in velocities)
         gradients = [torch.zeros_like(velocity) for velocity in present]
         waiting = iter(gradients)
         recording.gradients = tuple(None if velocity is None else next(waiting) for velocity in velocities)
-        with torch.cuda.graph(recording.backward, pool=self.pool, capture_error_mode="thread_local"):
+        with self._recording_into(recording.backward):
             found = torch.autograd.grad(present, self.parameters, gradients, allow_unused=True)
             pairs = [(p, grad) for p, grad in zip(self.parameters, found) if grad is not None]
             torch._foreach_copy_([self.grads[p] for p, _ in pairs], [grad for _, grad in pairs])
         recording.reached = [p for p, _ in pairs]
         return recording
+
+    @contextlib.contextmanager
+    def _recording_into(self, graph: torch.cuda.CUDAGraph) -> Iterator[None]:
+        # Other threads (data loading) may allocate pinned memory meanwhile, hence thread_local.
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            try:
+                yield
+            finally:  # also when something failed: a recording ends properly only with all streams back
+                torch.cuda.current_stream().wait_stream(self.two_streams.side)
 
     def deposit(self, recording: _Recording, gradients: Sequence[Tensor | None]) -> None:
         """Replay the backward pass of the velocities' gradients and add what it finds to `parameter.grad`."""

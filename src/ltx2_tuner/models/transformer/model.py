@@ -216,6 +216,8 @@ class LTXTransformer(nn.Module):
             return hidden
         video, audio = hidden.get("video"), hidden.get("audio")
         first = video if video is not None else audio
+        if self.before_blocks is not None:
+            self.before_blocks()
         # A block that recomputes itself is compiled with its recomputation, which is faster than recomputing around it.
         by_itself = getattr(self.block_runner, "recomputes", False) and self._saved_inputs is nullcontext
         for index, block in enumerate(self.transformer_blocks):

@@ -1,0 +1,37 @@
+"""Makes the training pass of a prepared model fast; what cannot be made fast runs as it is."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ltx2_tuner.lora import LoRANetwork
+from ltx2_tuner.lora.joint import join_adapters
+from ltx2_tuner.memory.graphs import TrainingGraphs
+from ltx2_tuner.memory.prepare import MemoryPlan
+from ltx2_tuner.models.transformer import LTXTransformer
+
+
+def accelerate(
+    model: LTXTransformer, network: nn.Module, plan: MemoryPlan, dtype: torch.dtype, *, graphs: bool = True
+) -> TrainingGraphs | None:
+    """Join the products of the built-in LoRA and record its training passes as CUDA graphs.
+
+    Call it after `prepare_model`, when the network is attached, on its device and in the dtype it is trained in. Other
+    network modules are left as they are: they reach into the layers that joining goes around.
+
+    Args:
+        plan: what `prepare_model` settled; passes are recorded where blocks are compiled and stay on the device.
+        dtype: what adapters multiply in.
+        graphs: False leaves the recording out.
+    """
+    if not isinstance(network, LoRANetwork):
+        return None
+    join_adapters(model, network, dtype, () if plan.store is None else plan.store.streamed)
+    on_cuda = next(network.parameters()).is_cuda
+    if not (graphs and on_cuda and plan.compiled and plan.store is None and not network.has_dropout):
+        return None
+    adapters = [adapter for _, adapter in network.adapters()]
+    return TrainingGraphs(
+        model, list(network.parameters()), lambda: frozenset((a.enabled, a.multiplier) for a in adapters)
+    )
