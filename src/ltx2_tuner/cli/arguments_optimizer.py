@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-from dataclasses import dataclass
 
 from ltx2_tuner.cli.key_values import parse_key_values
 from ltx2_tuner.errors import UserError
@@ -14,20 +13,6 @@ from ltx2_tuner.training.optimizers import DEFAULT_LEARNING_RATE, OptimizerOptio
 from ltx2_tuner.training.schedulers import SCHEDULERS, SchedulerOptions, Span, check_scheduler, parse_span
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class DistributedOptions:
-    """What runs on several processes are told.
-
-    Attributes:
-        timeout: minutes that a process waits for the others, None for torch's default.
-        bucket_view, static_graph: torch's DistributedDataParallel settings.
-    """
-
-    timeout: int | None = None
-    bucket_view: bool = False
-    static_graph: bool = False
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,8 +58,9 @@ def _add_loop(group: argparse._ArgumentGroup) -> None:
     add("--max_data_loader_n_workers", type=int, default=8, metavar="N", help="loader processes, at most the CPUs")
     add("--persistent_data_loader_workers", action="store_true", help="keep loader processes between epochs")
     add("--ddp_timeout", type=int, metavar="MINUTES", help="how long a process waits for the others")
-    add("--ddp_gradient_as_bucket_view", action="store_true", help="torch's setting of the same name")
-    add("--ddp_static_graph", action="store_true", help="torch's setting of the same name")
+    no_effect = "accepted without effect: gradients meet in one piece, without torch's DDP"
+    add("--ddp_gradient_as_bucket_view", action="store_true", help=no_effect)
+    add("--ddp_static_graph", action="store_true", help=no_effect)
     add("--full_fp16", action="store_true", help="adapters in fp16 (needs --mixed_precision fp16)")
     add("--full_bf16", action="store_true", help="adapters in bf16 (needs --mixed_precision bf16)")
 
@@ -128,13 +114,6 @@ def scheduler_options(args: argparse.Namespace, errors: list[str]) -> SchedulerO
     return options
 
 
-def distributed_options(args: argparse.Namespace, errors: list[str]) -> DistributedOptions:
-    """The `--ddp_*` flags."""
-    if args.ddp_timeout is not None and args.ddp_timeout < 1:
-        errors.append(f"--ddp_timeout {args.ddp_timeout}: give minutes, at least 1")
-    return DistributedOptions(args.ddp_timeout, args.ddp_gradient_as_bucket_view, args.ddp_static_graph)
-
-
 def loader_workers(args: argparse.Namespace, errors: list[str]) -> int:
     """Number of loader processes, between 0 and the CPUs."""
     wanted = args.max_data_loader_n_workers
@@ -154,6 +133,8 @@ def loop_errors(args: argparse.Namespace, mixed_precision: str) -> list[str]:
         "--max_train_epochs": args.max_train_epochs,
     }
     errors += [f"{flag} {count}: give at least 1" for flag, count in counts.items() if count is not None and count < 1]
+    if args.ddp_timeout is not None and args.ddp_timeout < 1:
+        errors.append(f"--ddp_timeout {args.ddp_timeout}: give minutes, at least 1")
     if args.full_fp16 and args.full_bf16:
         errors.append("choose one of --full_fp16 and --full_bf16")
     for flag, typed, needed in (("--full_fp16", args.full_fp16, "fp16"), ("--full_bf16", args.full_bf16, "bf16")):

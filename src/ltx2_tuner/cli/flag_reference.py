@@ -10,9 +10,7 @@ import importlib
 import sys
 from pathlib import Path
 
-import torch
-
-from ltx2_tuner.cli.parser import SCRIPTS, Parser
+from ltx2_tuner.cli.parser import SCRIPTS, Parser, default_text
 from ltx2_tuner.files import write_text
 
 DOCS = Path(__file__).resolve().parents[3] / "docs" / "flags"
@@ -39,20 +37,20 @@ def _value(action: argparse.Action) -> str:
         return ", ".join(f"`{choice}`" for choice in action.choices)
     if action.nargs == 0:
         return ""
+    if isinstance(action.metavar, str):
+        return f"{action.metavar.lower()}, several" if action.nargs in ("*", "+") else action.metavar.lower()
     kinds = {int: "integer", float: "number", None: "text", str: "text", Path: "path"}
     kind = kinds.get(action.type, getattr(action.type, "__name__", "text").strip("_").replace("_", " "))
     return f"{kind}, several" if action.nargs in ("*", "+") else kind
 
 
 def _default(action: argparse.Action) -> str:
-    value = action.default
-    if value is None or value is argparse.SUPPRESS or value == () or value == []:
-        return ""
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    if isinstance(value, torch.dtype):
-        value = str(value).removeprefix("torch.")
-    return f"`{value}`"
+    if action.required:
+        return "required"
+    default = default_text(action)
+    if isinstance(action.default, bool) or not default:
+        return "off" if action.default is False else default
+    return f"`{default}`"
 
 
 def parser_of(script: str) -> Parser:

@@ -345,3 +345,7 @@ def _decode_saved(args: argparse.Namespace, sampler: Sampler) -> int:
         for path in write_sample(sample, request, _stem(args, request), merge_audio=sampler.options.merge_audio):
             print(path, flush=True)
     return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

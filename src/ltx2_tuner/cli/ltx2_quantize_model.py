@@ -60,3 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         loftq_rank=args.network_dim,
         loftq_iterations=args.loftq_iters,
     )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

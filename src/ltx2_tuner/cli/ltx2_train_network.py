@@ -168,3 +168,7 @@ def _public_flags(args: argparse.Namespace) -> dict[str, object]:
         for name, value in vars(args).items()
         if value is not None and not any(part in name for part in _PRIVATE)
     }
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -35,6 +35,15 @@ COUNTERPARTS = {
     "--text_encoder_dtype": "--mixed_precision",
 }
 
+# What the operating system refuses for reasons of the user's, in words; other failures of it are bugs.
+_FILE_ERRORS = {
+    PermissionError: "no permission to read or write it; check its owner and rights, or give another path",
+    FileNotFoundError: "no such file or folder; check the path",
+    NotADirectoryError: "a file stands where a folder is needed; give another path",
+    IsADirectoryError: "is a folder where a file is needed; give a file",
+    FileExistsError: "a file of that name is in the way; remove it or give another path",
+}
+
 # The scripts of the suite; a flag that belongs to another one is named with it.
 SCRIPTS = (
     "ltx2_cache_latents",
@@ -48,6 +57,38 @@ SCRIPTS = (
 )
 
 
+def default_text(action: argparse.Action) -> str:
+    """A flag's default as it would be typed; empty where it is off, absent or not worth a word."""
+    value = action.default
+    if value is argparse.SUPPRESS or value is None or value is False or value in ((), [], ""):
+        return ""
+    if isinstance(value, list | tuple):
+        return " ".join(map(str, value))
+    return "on" if value is True else str(value).removeprefix("torch.")
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Short usage, short placeholders, and a flag's default where there is one that the text does not tell."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text, default = action.help or "", default_text(action)
+        told = not default or (action.nargs == 0 and default != "on") or "default" in text or f"({default}" in text
+        return text if told else f"{text} (default: {default.replace('%', '%%')})"
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        names = {int: "N", float: "X", str: "TEXT", None: "TEXT"}
+        return names.get(action.type) or getattr(action.type, "__name__", "value").strip("_").upper()
+
+    def _format_usage(self, usage, actions, groups, prefix) -> str:
+        """The flags that must be given, not the hundred that may: those are listed below it."""
+        if usage is None:
+            required = [action for action in actions if action.required or not action.option_strings]
+            others = "" if len(required) == len(actions) else " [flags]"
+            actions, usage = required, None
+            return super()._format_usage(usage, actions, groups, prefix).rstrip() + f"{others}\n\n"
+        return super()._format_usage(usage, actions, groups, prefix)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse without abbreviations, whose errors name the closest flag or the script that has it."""
 
@@ -56,7 +97,7 @@ class Parser(argparse.ArgumentParser):
             prog=f"{script}.py",
             description=description,
             allow_abbrev=False,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            formatter_class=HelpFormatter,
             **kwargs,
         )
         self.script = script
@@ -72,6 +113,10 @@ class Parser(argparse.ArgumentParser):
             self.error(self._unknown_message(unknown))
         return parsed
 
+    def error(self, message: str):
+        """One line instead of the usage of a hundred flags."""
+        self.exit(2, f"error: {message}; python {self.prog} --help lists the flags\n")
+
     def _unknown_message(self, unknown: list[str]) -> str:
         flags = [token.split("=", 1)[0] for token in unknown if token.startswith("--")]
         if not flags:
@@ -85,7 +130,7 @@ class Parser(argparse.ArgumentParser):
             if script != self.script and flag in _flags_of(script):
                 return f": it belongs to {script}.py"
         match = nearest(flag, self.flags())
-        return f" (did you mean {match}?)" if match else f"; python {self.script}.py --help lists the flags"
+        return f" (did you mean {match}?)" if match else ""
 
 
 @functools.cache
@@ -113,6 +158,11 @@ def entry_point(function: Callable[[Sequence[str] | None], int | None]) -> Calla
             return function(argv) or 0
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
+            return 1
+        except OSError as error:
+            if error.filename is None or type(error) not in _FILE_ERRORS:
+                raise
+            print(f"error: {error.filename}: {_FILE_ERRORS[type(error)]}", file=sys.stderr)
             return 1
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
