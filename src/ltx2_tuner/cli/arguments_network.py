@@ -15,7 +15,7 @@ from ltx2_tuner.lora.targets import PRESETS, STRATEGIES, default_preset
 logger = logging.getLogger(__name__)
 DEFAULT_DIM = 32
 # The fork's later name of a strategy and preset.
-_ALIASES = {"audio_ref_ic": "audio_ref_only_ic"}
+STRATEGY_ALIASES = {"audio_ref_ic": "audio_ref_only_ic"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,12 +35,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--lora_target_preset",
-        type=_alias,
+        type=strategy_name,
         choices=list(PRESETS),
         help="layers that get an adapter (default: t2v, in audio mode audio)",
     )
     add(
-        "--ic_lora_strategy", type=_alias, choices=STRATEGIES, default="auto", help="reference training; auto: preset's"
+        "--ic_lora_strategy",
+        type=strategy_name,
+        choices=STRATEGIES,
+        default="auto",
+        help="reference training; auto: preset's",
     )
     add("--lycoris_config", type=Path, metavar="FILE", help="LyCORIS settings (.toml), for lycoris.kohya")
     add("--init_lokr_norm", type=float, help="start scale of LoKr's second factor, for lycoris.kohya algo=lokr")
@@ -87,8 +91,9 @@ def network_options(args: argparse.Namespace, mode: str, errors: list[str]) -> N
     return options
 
 
-def _alias(text: str) -> str:
-    return _ALIASES.get(text, text)
+def strategy_name(text: str) -> str:
+    """A strategy or preset by its present name."""
+    return STRATEGY_ALIASES.get(text, text)
 
 
 def _base_weights(args: argparse.Namespace, errors: list[str]) -> tuple[tuple[Path, float], ...]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 from ltx2_tuner.models.video_vae.tiling import TileConfig
-from ltx2_tuner.sampling.options import PRESETS, GuidanceOverrides, SamplingOptions, is_distilled
+from ltx2_tuner.sampling.options import PRESETS, GuidanceOverrides, SamplingOptions, TwoStageOptions, is_distilled
+
+logger = logging.getLogger(__name__)
 
 
 def add_preview_arguments(parser: argparse.ArgumentParser) -> None:
@@ -95,8 +98,7 @@ def check_sampling(args: argparse.Namespace, mode: str) -> list[str]:
         errors.append("--sample_audio_only needs --ltx2_mode av or audio")
     if args.sample_tiled_vae or args.sample_vae_temporal_tile_size:
         errors += _check_tiles(args)
-    if args.sample_two_stage and not args.spatial_upsampler_path:
-        errors.append("--sample_two_stage needs --spatial_upsampler_path")
+    errors += _check_two_stage(args, mode)
     if getattr(args, "sample_prompts", None) is None:
         errors += [
             f"--{name} needs --sample_prompts"
@@ -107,6 +109,23 @@ def check_sampling(args: argparse.Namespace, mode: str) -> list[str]:
         value = getattr(args, name, None)
         if value is not None and value < 1:
             errors.append(f"--{name} must be at least 1 (got {value})")
+    return errors
+
+
+def _check_two_stage(args: argparse.Namespace, mode: str) -> list[str]:
+    if not args.sample_two_stage:
+        return []
+    errors = []
+    if mode == "audio" or args.sample_audio_only:
+        errors.append("--sample_two_stage needs a picture; drop it, or make more than sound")
+    if args.sample_stage2_steps < 1:
+        errors.append(f"--sample_stage2_steps must be at least 1 (got {args.sample_stage2_steps})")
+    if not args.spatial_upsampler_path:
+        errors.append("--sample_two_stage needs --spatial_upsampler_path")
+    for name in ("spatial_upsampler_path", "distilled_lora_path"):
+        path = getattr(args, name)
+        if path and not Path(path).is_file():
+            errors.append(f"--{name} {path}: there is no such file")
     return errors
 
 
@@ -125,9 +144,15 @@ def _check_tiles(args: argparse.Namespace) -> list[str]:
 
 
 def sampling_options(
-    args: argparse.Namespace, *, mode: str, version: str, checkpoint: str | Path, loras: Sequence[str | Path] = ()
+    args: argparse.Namespace,
+    *,
+    mode: str,
+    version: str,
+    checkpoint: str | Path,
+    loras: Sequence[str | Path] = (),
+    strategy: str | None = None,
 ) -> SamplingOptions:
-    """The run's sampling defaults from parsed flags."""
+    """The run's sampling defaults from parsed flags; the strategy says which references count."""
     blocks = args.stg_blocks
     return SamplingOptions(
         mode=mode,
@@ -156,11 +181,23 @@ def sampling_options(
         audio_subprocess=args.sample_audio_subprocess,
         clean_timesteps=args.sample_i2v_token_timestep_mask,
         include_reference=args.sample_include_reference,
+        strategy=strategy,
+        two_stage=_two_stage(args),
         reference_downscale=getattr(args, "reference_downscale", 1) or 1,
         reference_frames=getattr(args, "reference_frames", 1) or 1,
         audio_ref_negative_positions=getattr(args, "audio_ref_use_negative_positions", False),
         audio_ref_identity_guidance=getattr(args, "audio_ref_identity_guidance_scale", 0.0) or 0.0,
     )
+
+
+def _two_stage(args: argparse.Namespace) -> TwoStageOptions | None:
+    if not args.sample_two_stage:
+        for name in ("spatial_upsampler_path", "distilled_lora_path"):
+            if getattr(args, name):
+                logger.warning("--%s has no effect without --sample_two_stage", name)
+        return None
+    distilled = Path(args.distilled_lora_path) if args.distilled_lora_path else None
+    return TwoStageOptions(Path(args.spatial_upsampler_path), distilled, args.sample_stage2_steps)
 
 
 def _tiles(args: argparse.Namespace) -> TileConfig | None:

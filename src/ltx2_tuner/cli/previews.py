@@ -7,14 +7,16 @@ import dataclasses
 import logging
 from pathlib import Path
 
-from ltx2_tuner.checkpoint import Checkpoint, load_video_encoder
+from ltx2_tuner.checkpoint import Checkpoint
 from ltx2_tuner.cli.arguments_gemma import gemma_options
 from ltx2_tuner.cli.arguments_sampling import sampling_options
+from ltx2_tuner.cli.media_encoders import encode_conditionings
+from ltx2_tuner.cli.references import cached_reference_frames
 from ltx2_tuner.data.cache_names import SAMPLE_LATENTS_NAME, SAMPLE_PROMPTS_NAME
-from ltx2_tuner.sampling.conditioning import Conditioning, encode_media, read_latent_cache, wants_media
+from ltx2_tuner.sampling.conditioning import Conditioning, read_latent_cache
 from ltx2_tuner.sampling.contexts import PromptContext, encode_contexts, read_prompt_cache
 from ltx2_tuner.sampling.options import Request, settle
-from ltx2_tuner.sampling.preview import Previewer, release_memory
+from ltx2_tuner.sampling.preview import Previewer
 from ltx2_tuner.sampling.prompts import read_prompts
 from ltx2_tuner.sampling.sampler import Sampler
 from ltx2_tuner.training.build import Processes, Sources, TrainingConfig
@@ -30,7 +32,12 @@ def make_previewer(
     Raises:
         UserError: the prompt file, the caches or Gemma do not fit.
     """
-    options = sampling_options(args, mode=config.mode, version=sources.version, checkpoint=config.checkpoint)
+    options = sampling_options(
+        args, mode=config.mode, version=sources.version, checkpoint=config.checkpoint, strategy=config.strategy
+    )
+    if args.reference_frames is None:
+        frames = cached_reference_frames(sources.training.inventories) or 1
+        options = dataclasses.replace(options, reference_frames=frames)
     if options.offload and config.memory.blocks_to_swap:
         logger.warning("--sample_with_offloading has no effect with --blocks_to_swap: those blocks are on the host")
     offload = options.offload and not config.memory.blocks_to_swap
@@ -95,14 +102,14 @@ def _conditionings(
     if args.use_precached_sample_latents:
         path = args.sample_latents_cache or _cache_directory(config) / SAMPLE_LATENTS_NAME
         return read_latent_cache(path, requests, sampler.options)
-    if not wants_media(requests):
-        return [Conditioning()] * len(requests)
-    source = Checkpoint.open(args.vae) if args.vae else sources.checkpoint
-    encoder = load_video_encoder(source, processes.device, args.vae_dtype)
-    found = encode_media(requests, sampler.options, encoder)
-    del encoder
-    release_memory()
-    return found
+    return encode_conditionings(
+        requests,
+        sampler.options,
+        sources.checkpoint,
+        vae=args.vae,
+        device=processes.device,
+        vae_dtype=args.vae_dtype,
+    )
 
 
 def _cache_directory(config: TrainingConfig) -> Path:

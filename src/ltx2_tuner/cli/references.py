@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from ltx2_tuner.checkpoint import SafetensorsFile
+from ltx2_tuner.cli.arguments_network import STRATEGY_ALIASES
 from ltx2_tuner.data.config import DatasetConfig
 from ltx2_tuner.data.inventory import Inventory
 from ltx2_tuner.errors import UserError
@@ -95,6 +98,55 @@ def say_references(args: argparse.Namespace, strategy: str) -> None:
     )
     if args.ltx2_mode == "audio" and args.audio_ref_mask_cross_attention_to_reference:
         logger.info("--audio_ref_mask_cross_attention_to_reference changes nothing in audio mode: there is no picture")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRAReferences:
+    """What LoRA files say about the references they were trained with; None where they say nothing."""
+
+    strategy: str | None = None
+    downscale: int | None = None
+    negative_positions: bool = False
+
+
+def lora_references(paths: Sequence[str]) -> LoRAReferences:
+    """What the metadata of LoRA files says about references.
+
+    Raises:
+        UserError: a file cannot be read, or two were trained for different references.
+    """
+    found = LoRAReferences()
+    for path in paths:
+        with SafetensorsFile(path) as file:
+            said = _references_of(file.metadata)
+        for name in ("strategy", "downscale"):
+            values = {getattr(found, name), getattr(said, name)} - {None}
+            if len(values) > 1:
+                flag = {"strategy": "--ic_lora_strategy", "downscale": "--reference_downscale"}[name]
+                raise UserError(
+                    f"{path}: was trained with {flag} {getattr(said, name)}, another LoRA with "
+                    f"{getattr(found, name)}; use one of them at a time"
+                )
+        found = LoRAReferences(
+            found.strategy or said.strategy,
+            found.downscale or said.downscale,
+            found.negative_positions or said.negative_positions,
+        )
+    return found
+
+
+def _references_of(metadata: Mapping[str, str]) -> LoRAReferences:
+    strategy = metadata.get("ss_ic_lora_strategy")
+    strategy = STRATEGY_ALIASES.get(strategy, strategy)
+    if strategy is None and metadata.get("ss_v2v_training") == "True":
+        strategy = "v2v"
+    factors = ("ss_reference_downscale_factor", "reference_downscale_factor", "reference_spatial_scale_factor")
+    factor = next((metadata[name] for name in factors if metadata.get(name, "").isdecimal()), None)
+    return LoRAReferences(
+        strategy if strategy in ("v2v", "audio_ref_only_ic") else None,
+        int(factor) if factor and int(factor) > 0 else None,
+        metadata.get("ss_audio_ref_use_negative_positions") == "True",
+    )
 
 
 def cached_reference_frames(inventories: Sequence[Inventory]) -> int | None:

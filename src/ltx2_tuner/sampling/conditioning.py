@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,20 +31,27 @@ class Conditioning:
 
     Attributes:
         image: (1, C, 1, H, W) first frame.
+        small_image: the same at half size, for the first of two stages.
         reference: (1, C, Fr, Hr, Wr) in-context reference video.
         reference_audio: (1, C, Tr, bins) reference voice.
         failed: why the sample cannot be made, or None.
     """
 
     image: torch.Tensor | None = None
+    small_image: torch.Tensor | None = None
     reference: torch.Tensor | None = None
     reference_audio: torch.Tensor | None = None
     failed: str | None = None
 
 
-def wants_media(requests: Sequence[Request]) -> bool:
-    """Whether any prompt names an image, a reference or a sound."""
-    return any(r.prompt.image_path or r.prompt.v2v_ref_path or r.prompt.ref_audio_path for r in requests)
+def wants_pictures(requests: Sequence[Request]) -> bool:
+    """Whether any prompt names an image or a reference video."""
+    return any(request.prompt.image_path or request.prompt.v2v_ref_path for request in requests)
+
+
+def wants_sound(requests: Sequence[Request]) -> bool:
+    """Whether any prompt names reference sound."""
+    return any(request.prompt.ref_audio_path for request in requests)
 
 
 def image_pixels(path: str | Path, width: int, height: int) -> torch.Tensor:
@@ -52,21 +59,24 @@ def image_pixels(path: str | Path, width: int, height: int) -> torch.Tensor:
     return to_pixels(cover_crop(read_image(path), width, height)[None])
 
 
-def reference_frames(path: str | Path, request: Request, options: SamplingOptions) -> np.ndarray:
-    """(N, H, W, 3) uint8: the reference at the request's size over the downscale factor.
+def reference_frames(path: str | Path, width: int, height: int, options: SamplingOptions) -> np.ndarray:
+    """(N, height, width, 3) uint8: the reference scaled to cover the size and cropped to its centre.
 
     An image, or a clip shorter than `reference_frames`, is held on its last frame; the count is padded to 8n + 1.
     """
-    width = max(request.width // options.reference_downscale // 32 * 32, 32)
-    height = max(request.height // options.reference_downscale // 32 * 32, 32)
     count = options.reference_frames
     if Path(path).suffix.lower() in IMAGE_SUFFIXES:
         frames = read_image(path)[None]
     else:
         frames = np.asarray(read_frames(path, range(count)))
     frames = cover_crop(frames, width, height)
-    wanted = max(count, len(frames))
-    return hold_last(frames, wanted + (1 - wanted) % 8)
+    return hold_last(frames, count + (1 - count) % 8)
+
+
+def reference_size(request: Request, options: SamplingOptions) -> tuple[int, int]:
+    """Width and height in pixels of a request's reference."""
+    factor = options.reference_downscale
+    return max(request.width // factor // 32 * 32, 32), max(request.height // factor // 32 * 32, 32)
 
 
 def hold_last(frames: np.ndarray, count: int) -> np.ndarray:
@@ -84,18 +94,18 @@ def to_pixels(frames: np.ndarray) -> torch.Tensor:
 def encode_media(
     requests: Sequence[Request],
     options: SamplingOptions,
-    encoder: torch.nn.Module,
-    encode_audio=None,
+    encoder: torch.nn.Module | None,
+    encode_audio: Callable[[str], torch.Tensor] | None = None,
 ) -> list[Conditioning]:
     """Encode what the prompts name. A file that cannot be read fails its own sample alone.
 
     Args:
-        encoder: a `VideoEncoder` on its device.
+        encoder: a `VideoEncoder` on its device; None where no prompt names a picture.
         encode_audio: `path -> (1, C, T, bins)` for reference sound, or None where no mode uses it.
     """
-    parameter = next(encoder.parameters())
 
     def latents(pixels: torch.Tensor) -> torch.Tensor:
+        parameter = next(encoder.parameters())
         encoded = tiling.encode(encoder, pixels.to(parameter.device, parameter.dtype), options.tiles)
         return encoded.float().cpu()
 
@@ -103,14 +113,17 @@ def encode_media(
     for request in requests:
         prompt = request.prompt
         try:
-            image = reference = reference_audio = None
+            image = small = reference = reference_audio = None
             if prompt.image_path:
                 image = latents(image_pixels(prompt.image_path, request.width, request.height))
+                if request.two_stage:
+                    small = latents(image_pixels(prompt.image_path, request.width // 2, request.height // 2))
             if prompt.v2v_ref_path:
-                reference = latents(to_pixels(reference_frames(prompt.v2v_ref_path, request, options)))
+                size = reference_size(request, options)
+                reference = latents(to_pixels(reference_frames(prompt.v2v_ref_path, *size, options)))
             if prompt.ref_audio_path and encode_audio is not None:
                 reference_audio = encode_audio(prompt.ref_audio_path).float().cpu()
-            result.append(Conditioning(image, reference, reference_audio))
+            result.append(Conditioning(image, small, reference, reference_audio))
         except (MediaError, UserError) as error:
             logger.error("sample %d is left out: %s", request.index, error)
             result.append(Conditioning(failed=str(error)))
@@ -139,7 +152,7 @@ def read_latent_cache(
         names = ("ref_audio_path", "reference_audio_path"), ("ref_audio_latent", "reference_audio_latent")
         sound = _cached(path, request, entry, prompt.ref_audio_path, *names)
         cells = (request.height // spatial_scale, request.width // spatial_scale)
-        small = tuple(size // options.reference_downscale for size in cells)
+        small = tuple(size // spatial_scale for size in reversed(reference_size(request, options)))
         for latent, wanted in ((image, cells), (reference, small)):
             if latent is not None and tuple(latent.shape[-2:]) != wanted:
                 found = "x".join(map(str, latent.shape[-2:]))
@@ -147,7 +160,7 @@ def read_latent_cache(
                     f"{path}: sample {request.index} holds a latent of {found} cells, "
                     f"expected {wanted[0]}x{wanted[1]}; {RECACHE}"
                 )
-        result.append(Conditioning(image, reference, sound))
+        result.append(Conditioning(image=image, reference=reference, reference_audio=sound))
     return result
 
 

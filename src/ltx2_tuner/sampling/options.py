@@ -66,8 +66,21 @@ class GuidanceOverrides:
 
 
 @dataclasses.dataclass(frozen=True)
+class TwoStageOptions:
+    """Half size first, then refined at full size. distilled_lora: active in the second stage alone, or None."""
+
+    upsampler: Path
+    distilled_lora: Path | None = None
+    steps: int = 3
+
+
+@dataclasses.dataclass(frozen=True)
 class SamplingOptions:
-    """The run's defaults; sizes in pixels, rates in frames per second."""
+    """The run's defaults; sizes in pixels, rates in frames per second.
+
+    strategy: none, v2v or audio_ref_only_ic, which decides what references count; None takes those that the mode can
+    use.
+    """
 
     mode: str = "video"
     version: str = "2.3"
@@ -89,6 +102,8 @@ class SamplingOptions:
     audio_subprocess: bool = True
     clean_timesteps: bool = True
     include_reference: bool = False
+    strategy: str | None = None
+    two_stage: TwoStageOptions | None = None
     reference_downscale: int = 1
     reference_frames: int = 1
     audio_ref_negative_positions: bool = False
@@ -118,6 +133,7 @@ class Request:
     video: Guidance
     audio: Guidance
     negative_prompt: str
+    two_stage: bool = False
 
     @property
     def seconds(self) -> float:
@@ -133,8 +149,14 @@ def settle(index: int, prompt: SamplePrompt, options: SamplingOptions, *, num_bl
 
     Sizes are floored to whole latent cells and the frame count to 8n + 1, with one line each when that changes them.
     """
-    width = _floor(prompt.width or options.width, 32, "width")
-    height = _floor(prompt.height or options.height, 32, "height")
+    prompt = _with_usable_references(index, prompt, options)
+    two_stage = options.two_stage is not None and options.makes_video
+    if two_stage and prompt.ref_audio_path:
+        logger.warning("sample %d: two stages do not go with reference sound; it is made in one", index)
+        two_stage = False
+    multiple = 64 if two_stage else 32 * (options.reference_downscale if prompt.v2v_ref_path else 1)
+    width = _floor(prompt.width or options.width, multiple, "width")
+    height = _floor(prompt.height or options.height, multiple, "height")
     wanted = prompt.frame_count or options.frames
     frames = (wanted - 1) // 8 * 8 + 1
     if frames != wanted:
@@ -153,7 +175,28 @@ def settle(index: int, prompt: SamplePrompt, options: SamplingOptions, *, num_bl
         video=video,
         audio=audio,
         negative_prompt=prompt.negative_prompt or preset.negative_prompt,
+        two_stage=two_stage,
     )
+
+
+def _with_usable_references(index: int, prompt: SamplePrompt, options: SamplingOptions) -> SamplePrompt:
+    """The prompt without references that the mode, the strategy or two stages cannot use, with a line for each."""
+    reasons = {"v2v_ref_path": None, "ref_audio_path": None}
+    if options.mode != "video":
+        reasons["v2v_ref_path"] = "needs --ltx2_mode video"
+    elif options.strategy not in (None, "v2v"):
+        reasons["v2v_ref_path"] = "needs --ic_lora_strategy v2v"
+    elif options.two_stage is not None:
+        reasons["v2v_ref_path"] = "does not go with --sample_two_stage"
+    if options.mode == "video":
+        reasons["ref_audio_path"] = "needs --ltx2_mode av or audio"
+    elif options.strategy not in (None, "audio_ref_only_ic"):
+        reasons["ref_audio_path"] = "needs --ic_lora_strategy audio_ref_only_ic"
+    for key, reason in reasons.items():
+        if reason and getattr(prompt, key):
+            logger.warning("sample %d: its reference %s is ignored, it %s", index, getattr(prompt, key), reason)
+            prompt = dataclasses.replace(prompt, **{key: None})
+    return prompt
 
 
 def _floor(value: int, multiple: int, name: str) -> int:

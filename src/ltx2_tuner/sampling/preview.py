@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,13 +13,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ltx2_tuner.media.resize import cover_crop
+from ltx2_tuner.errors import UserError
 from ltx2_tuner.media.write import write_image, write_video, write_wav
 from ltx2_tuner.models.transformer import LTXTransformer
 from ltx2_tuner.sampling.conditioning import Conditioning, hold_last, reference_frames
 from ltx2_tuner.sampling.contexts import PromptContext
 from ltx2_tuner.sampling.decode import looks_empty
-from ltx2_tuner.sampling.options import Request
+from ltx2_tuner.sampling.options import Request, SamplingOptions
 from ltx2_tuner.sampling.sampler import Sample, Sampler
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,20 @@ def write_sample(sample: Sample, request: Request, stem: Path, *, merge_audio: b
         if frames is not None and len(frames) > 1 and merge_audio:
             write_video(path("_av.mp4"), frames, request.frame_rate, audio=sound)
     return written
+
+
+def beside_reference(sample: Sample, request: Request, options: SamplingOptions) -> Sample:
+    """The sample with its reference video left of it, held on its last frame; as it is without a reference."""
+    if sample.frames is None or not request.prompt.v2v_ref_path:
+        return sample
+    frames = sample.frames.numpy()
+    try:
+        reference = reference_frames(request.prompt.v2v_ref_path, request.width, request.height, options)
+    except UserError as error:
+        logger.warning("sample %d is shown without its reference: %s", request.index, error)
+        return sample
+    both = np.concatenate((hold_last(reference, len(frames)), frames), axis=2)
+    return dataclasses.replace(sample, frames=torch.from_numpy(both))
 
 
 class Previewer:
@@ -117,7 +132,7 @@ class Previewer:
         sampler = self._sampler
         if sampler.options.offload:
             transformer.to(sampler.device)
-        with tqdm(total=request.steps, desc=f"sample {request.index}", unit="step", leave=False) as bar:
+        with tqdm(total=sampler.step_count(request), desc=f"sample {request.index}", unit="step", leave=False) as bar:
             latents = sampler.denoise(transformer, request, context, conditioning, on_step=lambda _: bar.update())
         if sampler.options.offload:
             transformer.to("cpu")
@@ -128,16 +143,9 @@ class Previewer:
                 logger.warning(
                     "sample %d is one flat colour: the adapter or the checkpoint may be broken", request.index
                 )
-            if sampler.options.include_reference and request.prompt.v2v_ref_path:
-                sample = self._beside_reference(sample, request)
+            if sampler.options.include_reference:
+                sample = beside_reference(sample, request, sampler.options)
         return sample
-
-    def _beside_reference(self, sample: Sample, request: Request) -> Sample:
-        frames = sample.frames.numpy()
-        reference = reference_frames(request.prompt.v2v_ref_path, request, self._sampler.options)
-        reference = hold_last(cover_crop(reference, request.width, request.height), len(frames))
-        both = torch.from_numpy(np.concatenate((reference, frames), axis=2))
-        return Sample(both, sample.waveform, sample.rate)
 
     def _write(self, sample: Sample, request: Request, step: int, epoch: int | None) -> list[Path]:
         when = f"{step:06d}" if epoch is None else f"e{epoch:06d}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable
 
@@ -20,8 +21,9 @@ from ltx2_tuner.sampling.contexts import PromptContext
 from ltx2_tuner.sampling.decode import decode_frames, decode_waveform
 from ltx2_tuner.sampling.denoise import GuidedStream, denoise
 from ltx2_tuner.sampling.options import Request, SamplingOptions
-from ltx2_tuner.sampling.schedule import DISTILLED_SIGMAS, ltx2_sigmas
+from ltx2_tuner.sampling.schedule import DISTILLED_SIGMAS, ltx2_sigmas, stage2_sigmas
 from ltx2_tuner.sampling.streams import Grid, audio_stream, video_stream
+from ltx2_tuner.sampling.two_stage import Refiner, first_stage, second_stage
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +77,8 @@ class Sampler:
         self._audio_modules: tuple[torch.nn.Module, torch.nn.Module] | None = None
         config = VideoVAEConfig.from_dict(self._vae_checkpoint.config["vae"])
         self._grid = Grid(config.spatial_scale, config.temporal_scale)
+        if options.two_stage is not None:
+            self._refiner = Refiner(options.two_stage, self._vae_checkpoint, device, dtype)
 
     def denoise(
         self,
@@ -84,15 +88,46 @@ class Sampler:
         conditioning: Conditioning | None = None,
         on_step: Callable[[int], None] | None = None,
     ) -> Latents:
-        """Run the schedule of one request.
+        """Run the schedule of one request, in two stages where it says so.
 
         The noise comes from a CPU generator seeded with the request's seed, video first, so that a sample compares
         across devices.
         """
         conditioning = conditioning or Conditioning()
         generator = torch.Generator().manual_seed(request.seed)
+        run = functools.partial(self._stage, transformer, context=context, generator=generator, on_step=on_step)
+        if not request.two_stage:
+            return run(request, conditioning, self._sigmas(request))
+        small, small_conditioning = first_stage(request, conditioning)
+        first = run(small, small_conditioning, self._sigmas(request))
+        start = dataclasses.replace(first, video=self._refiner.upsample(first.video))
+        with self._refiner.distilled(transformer):
+            sigmas = stage2_sigmas(self._refiner.options.steps)
+            refined = run(second_stage(request), conditioning, sigmas, start=start)
+        return dataclasses.replace(refined, audio=first.audio)
+
+    def step_count(self, request: Request) -> int:
+        """Euler steps of a request, over all its stages."""
+        return request.steps + (self._refiner.options.steps if request.two_stage else 0)
+
+    def _stage(
+        self,
+        transformer: LTXTransformer,
+        request: Request,
+        conditioning: Conditioning,
+        sigmas: torch.Tensor,
+        *,
+        context: PromptContext,
+        generator: torch.Generator,
+        on_step: Callable[[int], None] | None,
+        start: Latents | None = None,
+    ) -> Latents:
+        """One run over a schedule, from noise or from `start` with noise of the first level."""
         video_noise = self._video_noise(transformer, request, generator)
         audio_noise = self._audio_noise(transformer, request, generator)
+        if start is not None:
+            video_noise = _noised(start.video, video_noise, sigmas[0].item())
+            audio_noise = _noised(start.audio, audio_noise, sigmas[0].item())
         video = audio = None
         if video_noise is not None:
             stream = video_stream(
@@ -114,9 +149,7 @@ class Sampler:
             )
             audio = GuidedStream(stream, request.audio)
         with self._autocast():
-            video_tokens, audio_tokens = denoise(
-                transformer, video, audio, self._sigmas(request), dtype=self.dtype, on_step=on_step
-            )
+            video_tokens, audio_tokens = denoise(transformer, video, audio, sigmas, dtype=self.dtype, on_step=on_step)
         return Latents(
             None if video_noise is None else unpatchify_video(video_tokens, *video_noise.shape[2:]),
             None if audio_noise is None else unpatchify_audio(audio_tokens, audio_noise.shape[1], audio_noise.shape[3]),
@@ -201,3 +234,8 @@ class Sampler:
         finally:
             for module in self._audio_modules:
                 module.to("cpu")
+
+
+def _noised(clean: torch.Tensor | None, noise: torch.Tensor | None, sigma: float) -> torch.Tensor | None:
+    """Latents at a noise level; an absent stream stays absent."""
+    return None if noise is None else (1 - sigma) * clean + sigma * noise
