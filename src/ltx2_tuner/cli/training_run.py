@@ -1,0 +1,131 @@
+"""What every training script does once its configuration stands: join the processes, inspect or train, clean up."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from ltx2_tuner.cli import values
+from ltx2_tuner.cli.config_file import write_effective
+from ltx2_tuner.cli.previews import make_previewer
+from ltx2_tuner.compat import prepare_torchaudio
+from ltx2_tuner.errors import UserError
+from ltx2_tuner.training.build import Processes, Sources, TrainingConfig, build, settle_draws
+from ltx2_tuner.training.inspect import dataset_lines, preflight, show_timesteps
+from ltx2_tuner.training.logs import Trackers
+from ltx2_tuner.training.loop import Run, Trainer
+
+_PRIVATE = ("token", "key", "path", "dir", "root", "checkpoint", "file", "weights", "config", "manifest", "cache")
+
+
+def carry_out(
+    args: argparse.Namespace,
+    config: TrainingConfig,
+    processes: Processes,
+    sources: Sources,
+    make_trainer: Callable[[Run], Trainer] = Trainer,
+) -> int:
+    """Show what was asked for, or train; the exit status."""
+    if args.show_timesteps:
+        draws = settle_draws(config.draws, sources.version)
+        print(show_timesteps(draws.sampler, sources.training, config, args.show_timesteps))
+        return 0
+    if args.debug_dataset:
+        for line in dataset_lines(sources.training):
+            print(line)
+        return 0
+    _prepare_output(args, config, processes)
+    previewer = make_previewer(args, config, sources, processes) if args.sample_prompts else None
+    trackers = Trackers(
+        config.logs,
+        is_main=processes.is_main,
+        config=_public_flags(args) if args.log_config else None,
+        wandb_key=args.wandb_api_key,
+    )
+    try:
+        trainer = build(config, processes, sources, trackers, previewer, make_trainer)
+        if args.preflight_only:
+            for line in preflight(trainer, sources):
+                print(line)
+            return 0
+        trainer.train()
+    except torch.OutOfMemoryError as error:
+        raise UserError(_memory_advice(args, processes.device)) from error
+    finally:
+        trackers.close()
+    return 0
+
+
+def _memory_advice(args: argparse.Namespace, device: torch.device) -> str:
+    """What to try after running out of device memory, cheapest first, without what is on already."""
+    advice = []
+    if not args.gradient_checkpointing:
+        advice.append("--gradient_checkpointing")
+    if not (args.fp8_base or args.nf4_base):
+        advice.append("--fp8_base --fp8_scaled")
+    if not args.blocks_to_swap:
+        advice.append("--blocks_to_swap 20 (or more)")
+    if not args.gradient_checkpointing_cpu_offload:
+        advice.append("--gradient_checkpointing_cpu_offload")
+    if not args.nf4_base:
+        advice.append("--nf4_base")
+    advice.append("a smaller resolution, batch_size or target_frames")
+    return f"{device} ran out of memory; try, in this order: {', '.join(advice)}"
+
+
+def mixed_precision(args: argparse.Namespace) -> str:
+    """The typed autocast dtype, else the launcher's."""
+    return args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+
+
+def join_processes(args: argparse.Namespace) -> Processes:
+    """This process's device and rank, as `accelerate launch` set them up (one process without it)."""
+    prepare_torchaudio()
+    from accelerate import PartialState
+
+    chosen = values.device(args.device) if args.device else None
+    timeout = {} if args.ddp_timeout is None else {"timeout": datetime.timedelta(minutes=args.ddp_timeout)}
+    state = PartialState(cpu=chosen is not None and chosen.type == "cpu", **timeout)
+    device = state.device if chosen is None or chosen.index is None else chosen
+    if not state.is_main_process:
+        logging.getLogger().setLevel(logging.WARNING)
+    _allow_fast_kernels(args)
+    return Processes(torch.device(device), state.process_index, state.num_processes, state.wait_for_everyone)
+
+
+def _allow_fast_kernels(args: argparse.Namespace) -> None:
+    if args.cuda_allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    if args.cuda_cudnn_benchmark:
+        torch.backends.cudnn.benchmark = True
+
+
+def _prepare_output(args: argparse.Namespace, config: TrainingConfig, processes: Processes) -> None:
+    """Make the output folder and keep the run's flags there.
+
+    Raises:
+        UserError: the folder cannot be made or written to.
+    """
+    if not processes.is_main:
+        return
+    folder = config.save.output_dir
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_effective(args, Path(folder) / f"{config.save.output_name}.config.toml")
+    except OSError as error:
+        raise UserError(f"--output_dir {folder}: cannot be written to ({error.strerror}); give another one") from error
+
+
+def _public_flags(args: argparse.Namespace) -> dict[str, object]:
+    """The flags without secrets and paths, for trackers."""
+    return {
+        name: value
+        for name, value in vars(args).items()
+        if value is not None and not any(part in name for part in _PRIVATE)
+    }
