@@ -207,7 +207,7 @@ def test_all_mistakes_come_at_once(space, capsys):
         (["--full_bf16"], "--full_bf16 needs --mixed_precision bf16"),
         (["--caption_dropout_rate", 1.5], "--caption_dropout_rate must lie between 0 and 1"),
         (["--ltx2_checkpoint", "nowhere.safetensors"], "nowhere.safetensors"),
-        (["--ltx2_mode", "av"], "ltx2_cache_latents.py --ltx2_mode av"),
+        (["--ltx2_mode", "av"], "python ltx2_cache_latents.py --dataset_config "),
         (["--lr_scheduler", "linear", "--lr_warmup_steps", 9], "warmup"),
     ],
 )

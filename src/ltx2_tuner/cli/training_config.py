@@ -115,6 +115,7 @@ def training_config(args: argparse.Namespace, mixed_precision: str) -> TrainingC
             audio_quota=args.min_audio_batches_per_accum,
             accumulation=args.gradient_accumulation_steps,
             audio_probability=args.audio_batch_probability,
+            silence=args.audio_silence_regularizer,
         ),
         workers=workers,
         persistent_workers=args.persistent_data_loader_workers,

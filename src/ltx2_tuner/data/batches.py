@@ -29,7 +29,7 @@ class BatchOptions:
     references, reference_audio: whether the training uses them; then items without one are left out.
     timestep_buckets: >= 2 gives every batch stratified draws. audio_quota: batches with sound per `accumulation`
     batches. audio_probability: chance that the next batch has sound. dino: read DINO features. video_width: width of
-    the video text embedding.
+    the video text embedding. silence: items without sound are trained on silence.
     """
 
     references: bool = True
@@ -40,6 +40,7 @@ class BatchOptions:
     audio_probability: float | None = None
     dino: bool = False
     video_width: int | None = None
+    silence: bool = False
 
 
 class _Planned(NamedTuple):
@@ -64,11 +65,12 @@ class TrainingData(Dataset):
         self.seed = seed
         self.options = options or BatchOptions()
         self.inventories = take_inventories(config.datasets, config.mode, self.options)
-        check_inventories(self.inventories, config.mode)
+        check_inventories(self.inventories, config.mode, silence=self.options.silence, source=config.path)
         self._groups = [(inventory.dataset, tuple(inventory.items)) for inventory in self.inventories]
         self._plan: tuple[int, list[_Planned]] | None = None
         self._count = len(self._batches(0))
         heard = sum(self.has_audio(0, number) for number in range(len(self)))
+        self.audio_share = heard / len(self)
         if config.mode == "av":
             _tell_audio_share(heard, len(self))
         if not heard and (self.options.audio_quota > 0 or self.options.audio_probability is not None):

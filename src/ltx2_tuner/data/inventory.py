@@ -233,8 +233,14 @@ def quantized_steps(steps: int, strategy: str, interval: float) -> int:
     return steps // quantum * quantum or steps
 
 
-def check_inventories(inventories: Sequence[Inventory], mode: str) -> None:
+def check_inventories(
+    inventories: Sequence[Inventory], mode: str, *, silence: bool = False, source: Path | None = None
+) -> None:
     """Log the count table and what disagrees in it.
+
+    Args:
+        silence: items without sound are trained on silence, so that sound may be missing altogether.
+        source: the dataset file, for the commands that messages name.
 
     Raises:
         UserError: a dataset has no usable item, or mode av or audio has no sound at all.
@@ -251,7 +257,9 @@ def check_inventories(inventories: Sequence[Inventory], mode: str) -> None:
             f"no usable items in {places}: an item needs a latent and a text cache, "
             f"run {_LATENTS_SCRIPT} and {_TEXT_SCRIPT} with this dataset file and --ltx2_mode {mode}"
         )
-    _check_sound([inventory for inventory in inventories if not inventory.dataset.validation], mode)
+    trained = [inventory for inventory in inventories if not inventory.dataset.validation]
+    if trained and mode != "video":
+        _check_sound(trained, mode, silence, source)
 
 
 def count_table(inventories: Sequence[Inventory]) -> list[str]:
@@ -291,21 +299,37 @@ def _warn_mixed(inventory: Inventory) -> None:
         )
 
 
-def _check_sound(inventories: Sequence[Inventory], mode: str) -> None:
+def _check_sound(inventories: Sequence[Inventory], mode: str, silence: bool, source: Path | None) -> None:
     """The line that says how much sound there is to learn from, and the error when there is none."""
-    if mode == "video":
-        return
     clips = [item for inventory in inventories if inventory.dataset.kind != "image" for item in inventory.items]
     heard = sum(item.has_audio for item in clips)
     silent = [key for inventory in inventories for key in inventory.without_sound]
     logger.info("sound: %d of %d clips (%d have no sound cache)", heard, len(clips), len(clips) - heard)
     if not heard:
-        raise UserError(
-            f"--ltx2_mode {mode} but not one *{AUDIO_SUFFIX} in the caches; "
-            f"run {_LATENTS_SCRIPT} --ltx2_mode {mode}, or train with --ltx2_mode video"
-        )
-    if silent:
+        message = _no_sound(inventories, mode, source)
+        if not silence:
+            raise UserError(message)
+        logger.warning("%s; --audio_silence_regularizer trains every item on silence", message)
+    elif silent:
         logger.warning("%d clips have no sound cache and train the picture alone: %s", len(silent), _some(silent))
+
+
+def _no_sound(inventories: Sequence[Inventory], mode: str, source: Path | None) -> str:
+    """What is missing for sound, and the commands that make it."""
+    texts = {item.text_path: found.headers[item.text_path] for found in inventories for item in found.items}
+    joined = [header for header in texts.values() if "video_prompt_embeds" in header.shapes]
+    mute = sum("audio_prompt_embeds" not in header.shapes for header in joined)
+    scripts = [_LATENTS_SCRIPT]
+    found = f"not one *{AUDIO_SUFFIX} in the caches"
+    if mute:
+        scripts.append(_TEXT_SCRIPT)
+        found += f" and no audio embeddings in {mute} of {len(texts)} text caches, as --ltx2_mode video makes them"
+    config = f" --dataset_config {source}" if source is not None and source.suffix == ".toml" else ""
+    commands = " and ".join(f"python {script}{config} --ltx2_mode {mode}" for script in scripts)
+    return (
+        f"--ltx2_mode {mode}, but {found}; run {commands} (with the other flags as before), or, when no clip has "
+        "sound, train with --ltx2_mode video"
+    )
 
 
 def _some(names: Sequence[str]) -> str:

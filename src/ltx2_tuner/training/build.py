@@ -46,7 +46,7 @@ from ltx2_tuner.training.saver import RunSaver
 from ltx2_tuner.training.schedulers import SchedulerOptions, create_scheduler
 from ltx2_tuner.training.silence import find_silence
 from ltx2_tuner.training.state import newest_state
-from ltx2_tuner.training.supervision import AudioMonitor
+from ltx2_tuner.training.supervision import AudioMonitor, audio_plan
 from ltx2_tuner.training.validation import Validator
 from ltx2_tuner.training.window import Gradients, mean_over_ranks
 
@@ -269,6 +269,10 @@ def build(
     trainer = make_trainer(run)
     _resume(config, trainer)
     logger.info("%s", _length_line(trainer, sources))
+    if config.mode == "av" and sources.training.items:
+        silence = f"silence (weight {config.modes.silence_weight:g})" if config.modes.silence_regularizer else None
+        balance = config.loss.balance.mode
+        logger.info("%s", audio_plan(sources.training.audio_share, without_sound=silence, balance=balance))
     return trainer
 
 

@@ -71,7 +71,8 @@ def _rehearse(trainer: Trainer, batch: dict, bucket: tuple) -> str:
     with run.autocast():
         video, audio = prepared.run(run.model)
     loss = task_loss(prepared, video, audio, run.loss).total
-    loss.backward()
+    if loss.requires_grad:  # not where no adapter runs
+        loss.backward()
     run.optimizer.zero_grad(set_to_none=True)
     memory = ""
     if run.device.type == "cuda":

@@ -92,6 +92,7 @@ class Trainer:
         self.average = LossAverage()
         self.metrics: dict[str, float] = {}
         self._used_sigmas: dict[str, list[float]] = {}
+        self._told_idle = False
         self.steps_per_epoch = math.ceil(len(run.data) / run.loop.accumulation)
         self.max_steps = run.loop.max_steps
         self.epochs = math.ceil(self.max_steps / self.steps_per_epoch)
@@ -180,7 +181,18 @@ class Trainer:
         return prepared, terms
 
     def _backward(self, loss: torch.Tensor) -> None:
-        """Add a micro-batch's share of the window's gradients."""
+        """Add a micro-batch's share of the window's gradients.
+
+        There is none where no adapter ran, as when a preset of sound layers meets a clip without sound.
+        """
+        if not loss.requires_grad:
+            if not self._told_idle:
+                logger.warning(
+                    "a batch reached no adapter and trains nothing (a preset of sound layers and no sound?); "
+                    "further ones are not mentioned"
+                )
+            self._told_idle = True
+            return
         loss = loss / self.run.loop.accumulation
         (loss if self.run.scaler is None else self.run.scaler.scale(loss)).backward()
 
@@ -201,11 +213,12 @@ class Trainer:
     def _close_window(self, window: list[MicroBatch], stop: StopFlag) -> WindowValues:
         """Gather, unscale and measure the gradients; the one place a step waits for the device."""
         run = self.run
-        if run.scaler is not None:
-            run.scaler.unscale_(run.optimizer)
         bad = sum((~torch.isfinite(batch.total)).float() for batch in window).reshape(1).to(run.device)
         stopped = torch.tensor([float(stop.raised)], device=run.device)
         run.gradients.gather(bad, stopped)
+        # After gathering, so that every process finds the same overflows.
+        if run.scaler is not None and run.gradients.present:
+            run.scaler.unscale_(run.optimizer)
         norms = run.gradients.norms().to(run.device)
         run.gradients.clip(norms[0])
         return fetch(window, norms, bad, stopped, run.balancer.metrics())
@@ -213,9 +226,9 @@ class Trainer:
     def _step(self, values: WindowValues, waiting: float, line: StepLine) -> None:
         run, progress = self.run, self.progress
         rates = self._learning_rates()
-        if run.scaler is None:
+        if run.scaler is None and run.gradients.present:
             run.optimizer.step()
-        else:
+        elif run.gradients.present:
             run.scaler.step(run.optimizer)
             run.scaler.update()
         if run.scheduler is not None:
@@ -224,6 +237,8 @@ class Trainer:
         for slot, loss in values.losses:
             self.average.add(slot, loss)
         self.metrics = {**values.metrics, "loss/average": self.average.value, **self._norm_limit()}
+        if run.monitor is not None:
+            self.metrics |= run.monitor.follow(self.metrics)
         perf = line.advance(self.metrics, balanced=run.loss.balance.mode != "none")
         perf["perf/data_wait_seconds"] = waiting
         run.log({**self.metrics, **perf, **rates}, progress.step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,7 +62,7 @@ def _stream_loss(prediction: torch.Tensor | None, task: StreamTask | None, optio
     return reduce_loss(element_loss(prediction, task.target, options.kind, options.huber_delta), task.mask)
 
 
-def band_losses(prefix: str, sigmas: list[float], losses: list[float]) -> dict[str, float]:
+def band_losses(prefix: str, sigmas: Sequence[float], losses: Sequence[float]) -> dict[str, float]:
     """Mean loss per band of noise levels: `<prefix>/sigma_low`, `_mid`, `_high`; empty bands are absent."""
     bands: dict[str, list[float]] = {}
     for sigma, loss in zip(sigmas, losses):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import distributed, nn
 
+from ltx2_tuner.training.losses import StreamLoss
 from ltx2_tuner.training.objective import LossTerms, band_losses
 
 
@@ -66,6 +67,11 @@ class Gradients:
             grad.copy_(flat[offset : offset + grad.numel()].view_as(grad))
             offset += grad.numel()
 
+    @property
+    def present(self) -> bool:
+        """Whether any parameter has a gradient; without one there is nothing to step on."""
+        return any(parameter.grad is not None for parameter in self.parameters)
+
     def norms(self) -> torch.Tensor:
         """(3,) float32 norms before clipping: all, audio, video."""
         grads = [parameter.grad for parameter in self.parameters]
@@ -81,7 +87,7 @@ class Gradients:
 
     def clip(self, norm: torch.Tensor) -> None:
         """Scale all gradients down so that their joint norm is at most `max_norm` (0 is off)."""
-        if self.max_norm <= 0:
+        if self.max_norm <= 0 or not self.present:
             return
         factor = (self.max_norm / (norm + 1e-6)).clamp(max=1.0)
         grads = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
@@ -93,27 +99,34 @@ def fetch(
 ) -> WindowValues:
     """Bring every number of the window to the host in one copy.
 
+    A stream's loss is its mean over the micro-batches that trained it, so that a window whose last batch has no sound
+    still tells the sound's loss.
+
     Args:
         extra: more device scalars to log, by name.
     """
-    last = batches[-1].terms
-    scalars = [batch.total for batch in batches]
-    video = [] if last.video is None else [last.video.mean, *last.video.per_sample, *last.video.active]
-    audio = [] if last.audio is None else [last.audio.mean, *last.audio.per_sample, *last.audio.active]
-    weight = last.audio_weight if isinstance(last.audio_weight, torch.Tensor) else torch.tensor(last.audio_weight)
-    flat = [*scalars, *norms, bad[0], stop[0], weight, *video, *audio, *extra.values()]
-    values = torch.stack([value.detach().float().to(bad.device).reshape(()) for value in flat]).tolist()
-    numbers = iter(values)
+    losses = [loss for batch in batches for loss in (batch.terms.video, batch.terms.audio) if loss is not None]
+    weights = [torch.as_tensor(batch.terms.audio_weight) for batch in batches]
+    flat = [*(batch.total for batch in batches), *norms, bad[0], stop[0], *weights]
+    flat += [value for loss in losses for value in (loss.mean, *loss.per_sample, *loss.active)]
+    flat += extra.values()
+    numbers = iter(torch.stack([value.detach().float().to(bad.device).reshape(()) for value in flat]).tolist())
     totals = [next(numbers) for _ in batches]
     total_norm, audio_norm, video_norm = next(numbers), next(numbers), next(numbers)
-    is_bad, stopped, audio_weight = next(numbers) > 0, next(numbers) > 0, next(numbers)
+    is_bad, stopped = next(numbers) > 0, next(numbers) > 0
+    audio_weights = [next(numbers) for _ in batches]
+    video, audio = _StreamValues("video", "loss_v"), _StreamValues("audio", "loss_a")
+    audio_weight = 0.0
+    for batch, weight in zip(batches, audio_weights):
+        video.add(batch.terms.video, batch.video_sigma, numbers)
+        if audio.add(batch.terms.audio, batch.audio_sigma, numbers):
+            audio_weight = weight
     metrics = {"loss/current": totals[-1], "grad_norm/total": total_norm}
     if audio_norm:
         metrics |= {"grad_norm/audio": audio_norm, "grad_norm/video": video_norm}
         if video_norm:
             metrics["grad_norm/audio_video_ratio"] = audio_norm / video_norm
-    metrics |= _stream_metrics("video", "loss_v", last.video, batches[-1].video_sigma, numbers)
-    metrics |= _stream_metrics("audio", "loss_a", last.audio, batches[-1].audio_sigma, numbers)
+    metrics |= {**video.metrics(), **audio.metrics()}
     if metrics.get("loss/video") and "loss/audio" in metrics:
         metrics["loss/audio_video_ratio"] = metrics["loss/audio"] / metrics["loss/video"]
         metrics["loss/audio_weight_effective"] = audio_weight
@@ -122,16 +135,33 @@ def fetch(
     return WindowValues(finite, [(batch.slot, total) for batch, total in zip(batches, totals)], metrics, stopped)
 
 
-def _stream_metrics(stream: str, prefix: str, loss, sigmas: list[float], numbers) -> dict[str, float]:
-    if loss is None:
-        return {}
-    mean = next(numbers)
-    per_sample = [next(numbers) for _ in loss.per_sample]
-    active = [next(numbers) > 0 for _ in loss.active]
-    if not any(active):
-        return {}
-    kept = [(sigma, value) for sigma, value, counts in zip(sigmas, per_sample, active) if counts]
-    return {f"loss/{stream}": mean, **band_losses(prefix, [k[0] for k in kept], [k[1] for k in kept])}
+@dataclass
+class _StreamValues:
+    """Host numbers of one stream over a window: the mean of each micro-batch, and (sigma, loss) of each sample."""
+
+    stream: str
+    prefix: str
+    means: list[float] = field(default_factory=list)
+    samples: list[tuple[float, float]] = field(default_factory=list)
+
+    def add(self, loss: StreamLoss | None, sigmas: Sequence[float], numbers: Iterator[float]) -> bool:
+        """Take a micro-batch's numbers; false when it did not train the stream."""
+        if loss is None:
+            return False
+        mean = next(numbers)
+        per_sample = [next(numbers) for _ in loss.per_sample]
+        active = [next(numbers) > 0 for _ in loss.active]
+        if not any(active):
+            return False
+        self.means.append(mean)
+        self.samples += [(sigma, value) for sigma, value, counts in zip(sigmas, per_sample, active) if counts]
+        return True
+
+    def metrics(self) -> dict[str, float]:
+        if not self.means:
+            return {}
+        mean = sum(self.means) / len(self.means)
+        return {f"loss/{self.stream}": mean, **band_losses(self.prefix, *zip(*self.samples))}
 
 
 def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
