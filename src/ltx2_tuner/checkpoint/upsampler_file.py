@@ -47,7 +47,8 @@ def load_spatial_upsampler(path: str | os.PathLike, device: str | torch.device, 
 
 
 def _config(text: str | None, shapes: dict[str, tuple[int, ...]]) -> UpsamplerConfig:
-    return UpsamplerConfig.from_shapes(shapes) if text is None else UpsamplerConfig.from_dict(json.loads(text))
+    inferred = UpsamplerConfig.from_shapes(shapes)  # another model's file has a config, too, but not these tensors
+    return inferred if text is None else UpsamplerConfig.from_dict(json.loads(text))
 
 
 def load_latent_statistics(checkpoint: Checkpoint, device: str | torch.device) -> PerChannelStatistics:
