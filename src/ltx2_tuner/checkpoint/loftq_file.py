@@ -43,15 +43,7 @@ def load_loftq(path: str | os.PathLike, layers: Iterable[str], rank: int) -> dic
     Raises:
         UserError: no such file, another rank, or no layer of it is among `layers`.
     """
-    path = Path(path)
-    if not path.exists():
-        others = sorted(path.parent.glob(f"{path.stem.rpartition('.loftq_r')[0]}.loftq_r*{path.suffix}"))
-        found = f"found {', '.join(other.name for other in others)} instead" if others else "it does not exist"
-        raise UserError(f"{path}: needed by --loftq_init, but {found}; {_remedy(rank)}")
-    with SafetensorsFile(path) as file:
-        stored = file.metadata.get("loftq_rank", str(rank))
-        if stored != str(rank):
-            raise UserError(f"{path}: found start values for rank {stored}, --network_dim is {rank}; {_remedy(rank)}")
+    with open_loftq(path, rank) as file:
         factors = {}
         for layer in layers:
             flat = layer.replace(".", "_")
@@ -61,6 +53,25 @@ def load_loftq(path: str | os.PathLike, layers: Iterable[str], rank: int) -> dic
     if not factors:
         raise UserError(f"{path}: none of its start values belongs to a layer of this network; {_remedy(rank)}")
     return factors
+
+
+def open_loftq(path: str | os.PathLike, rank: int) -> SafetensorsFile:
+    """The side file, once its header says that it is for this rank.
+
+    Raises:
+        UserError: no such file, or another rank.
+    """
+    path = Path(path)
+    if not path.exists():
+        others = sorted(path.parent.glob(f"{path.stem.rpartition('.loftq_r')[0]}.loftq_r*{path.suffix}"))
+        found = f"found {', '.join(other.name for other in others)} instead" if others else "it does not exist"
+        raise UserError(f"{path}: needed by --loftq_init, but {found}; {_remedy(rank)}")
+    file = SafetensorsFile(path)
+    stored = file.metadata.get("loftq_rank", str(rank))
+    if stored != str(rank):
+        file.close()
+        raise UserError(f"{path}: found start values for rank {stored}, --network_dim is {rank}; {_remedy(rank)}")
+    return file
 
 
 def _remedy(rank: int) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from ltx2_tuner.checkpoint.checkpoint import Checkpoint
+from ltx2_tuner.checkpoint.loftq_file import loftq_path, open_loftq
 from ltx2_tuner.errors import UserError
 from ltx2_tuner.quantization.formats import WeightFormat
 from ltx2_tuner.quantization.fp8 import has_fp8_products
@@ -63,6 +64,8 @@ def check(checkpoint: Checkpoint, options: PrecisionOptions, *, device_memory: i
                 f"{checkpoint.path}: is nf4 already and --awq_calibration needs full weights; "
                 "drop the flag or give the original checkpoint"
             )
+        if options.loftq_rank:
+            open_loftq(loftq_path(checkpoint.path, options.loftq_rank), options.loftq_rank).close()
     elif checkpoint.is_fp8:
         _check_fp8_file(checkpoint, options, device_memory)
     elif kind == "fp8" and scales == "none":

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
+from dataclasses import replace
 
+import torch
+
+from ltx2_tuner.checkpoint.precision import PrecisionOptions
+from ltx2_tuner.errors import UserError
+from ltx2_tuner.lora.options import BUILT_IN
 from ltx2_tuner.memory.options import CompileOptions, MemoryOptions
 from ltx2_tuner.models.transformer.model import ATTENTION_TARGETS, FEED_FORWARD_TARGETS
 from ltx2_tuner.quantization.formats import WeightFormat
@@ -106,11 +113,9 @@ def check_memory(args: argparse.Namespace) -> list[str]:
     ):
         if getattr(args, flag, False) and not getattr(args, needed):
             errors.append(f"--{flag} needs --{needed}")
+    errors += _precision_errors(args)
     if args.fp8_scale_mode and not args.fp8_scaled:
         errors.append("--fp8_scale_mode needs --fp8_scaled")
-    size = args.nf4_block_size
-    if size < 16 or size & (size - 1):
-        errors.append(f"--nf4_block_size must be 16, 32, 64, 128 ... (got {size})")
     if args.gradient_checkpointing_cpu_offload and not args.gradient_checkpointing:
         errors.append("--gradient_checkpointing_cpu_offload needs --gradient_checkpointing")
     if args.blocks_to_swap is not None and args.blocks_to_swap < 0:
@@ -126,6 +131,26 @@ def check_memory(args: argparse.Namespace) -> list[str]:
         errors.append(f"{' and '.join(backends)} exclude each other; keep one attention back end")
     if args.sage_attn:
         errors.append("--sage_attn has no backward pass and breaks training; drop it")
+    return errors
+
+
+def _precision_errors(args: argparse.Namespace) -> list[str]:
+    errors = []
+    size = args.nf4_block_size
+    if size < 16 or size & (size - 1):
+        errors.append(f"--nf4_block_size must be 16, 32, 64, 128 ... (got {size})")
+    if not hasattr(args, "loftq_init"):
+        return errors
+    if args.loftq_init and args.network_module != BUILT_IN:
+        errors.append(
+            f"--loftq_init: LoftQ start values exist for the built-in LoRA only, not for {args.network_module}; drop it"
+        )
+    if args.loftq_iters < 1:
+        errors.append(f"--loftq_iters must be at least 1 (got {args.loftq_iters})")
+    if not 0 <= args.awq_alpha <= 1:
+        errors.append(f"--awq_alpha must be between 0 and 1 (got {args.awq_alpha:g})")
+    if args.awq_num_batches < 1:
+        errors.append(f"--awq_num_batches must be at least 1 (got {args.awq_num_batches})")
     return errors
 
 
@@ -165,6 +190,41 @@ def weight_format(args: argparse.Namespace) -> WeightFormat:
         keep_transposed=args.fp8_compute,
         nf4_block_size=args.nf4_block_size,
     )
+
+
+def precision_options(args: argparse.Namespace, rank: int = 0) -> PrecisionOptions:
+    """How the frozen weights are made.
+
+    Args:
+        rank: of the adapters, for LoftQ; without the training flags it does not matter.
+
+    Raises:
+        UserError: weights are to be quantised on a device that is not there.
+    """
+    options = PrecisionOptions(weight_format(args), _quantize_device(args))
+    if not hasattr(args, "loftq_init"):
+        return options
+    return replace(
+        options,
+        loftq_rank=rank if args.loftq_init else 0,
+        loftq_iterations=args.loftq_iters,
+        awq_alpha=args.awq_alpha if args.awq_calibration else None,
+        awq_batches=args.awq_num_batches,
+    )
+
+
+def _quantize_device(args: argparse.Namespace) -> str | None:
+    """Where weights are quantised: the flag, else the environment, else a GPU where there is one."""
+    chosen, source = args.quantize_device, "--quantize_device"
+    if chosen is None:
+        source = "LTX2_FP8_CALC_DEVICE" if args.fp8_base else "LTX2_NF4_CALC_DEVICE"
+        chosen = os.environ.get(source) if args.fp8_base or args.nf4_base else None
+    chosen = {"gpu": "cuda", "": None}.get(chosen, chosen)
+    if chosen not in (None, "cpu", "cuda"):
+        raise UserError(f"the environment variable {source} is {chosen}; set it to cpu or cuda, or remove it")
+    if chosen == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"{source} is cuda, but this torch sees no CUDA device; use --quantize_device cpu")
+    return chosen
 
 
 def memory_options(args: argparse.Namespace) -> MemoryOptions:

@@ -19,7 +19,7 @@ from ltx2_tuner.cli.arguments_memory import (
     check_memory,
     compile_options,
     memory_options,
-    weight_format,
+    precision_options,
 )
 from ltx2_tuner.cli.parser import Parser
 from ltx2_tuner.lora import LoRANetwork, load_lora, table_of
@@ -89,7 +89,7 @@ def load_model(
     Args:
         tokens: of the largest sample.
     """
-    precision = PrecisionOptions(weight_format(args), args.quantize_device)
+    precision = precision_options(args)
     on_cuda = device.type == "cuda"
     device_memory = torch.cuda.get_device_properties(device).total_memory if on_cuda else None
     check_precision(checkpoint, precision, device_memory=device_memory)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import random
 from pathlib import Path
 
@@ -38,8 +37,6 @@ UNAVAILABLE = (
     "crepa",
     "self_flow",
     "use_precached_preservation",
-    "loftq_init",
-    "awq_calibration",
     "huggingface_repo_id",
     "resume_from_huggingface",
     "save_state_to_huggingface",
@@ -104,8 +101,7 @@ def training_config(args: argparse.Namespace, mixed_precision: str) -> TrainingC
         dtype=args.dit_dtype,
         mixed_precision=mixed_precision,
         adapter_dtype=torch.float16 if args.full_fp16 else torch.bfloat16 if args.full_bf16 else torch.float32,
-        weights=memory.weight_format(args),
-        quantize_device=_quantize_device(args),
+        precision=memory.precision_options(args, network_options.dim),
         memory=memory.memory_options(args),
         compilation=memory.compile_options(args),
         batches=BatchOptions(
@@ -180,13 +176,3 @@ def _seed(args: argparse.Namespace) -> int:
     seed = random.SystemRandom().randrange(2**31)
     logger.info("--seed is not given: %d", seed)
     return seed
-
-
-def _quantize_device(args: argparse.Namespace) -> str | None:
-    """Where weights are quantised: the flag, else the environment, else where they will live."""
-    variable = "LTX2_FP8_CALC_DEVICE" if args.fp8_base else "LTX2_NF4_CALC_DEVICE"
-    chosen = args.quantize_device or os.environ.get(variable)
-    chosen = {"gpu": "cuda"}.get(chosen, chosen)
-    if chosen == "cuda" and not torch.cuda.is_available():
-        raise UserError("--quantize_device cuda: this torch sees no CUDA device; use --quantize_device cpu")
-    return chosen

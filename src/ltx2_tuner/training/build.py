@@ -5,28 +5,31 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
-from ltx2_tuner.checkpoint import Checkpoint, check_version, component_id, load_transformer
+from ltx2_tuner.checkpoint import Checkpoint, check_version, component_id
+from ltx2_tuner.checkpoint.base_model import BaseModel, load_base_model
+from ltx2_tuner.checkpoint.precision import PrecisionOptions, effective_format
+from ltx2_tuner.checkpoint.precision import check as check_precision
 from ltx2_tuner.data.batches import BatchOptions, TrainingData, ValidationData
 from ltx2_tuner.data.config import DatasetConfig
 from ltx2_tuner.data.fingerprints import ExpectedCaches, check_caches
 from ltx2_tuner.errors import UserError
-from ltx2_tuner.lora.build import build_network, optimizer_groups
+from ltx2_tuner.lora.build import build_network, optimizer_groups, target_of
 from ltx2_tuner.lora.options import NetworkOptions
 from ltx2_tuner.memory.options import CompileOptions, MemoryOptions
 from ltx2_tuner.memory.prepare import block_placement, prepare_model
-from ltx2_tuner.models.transformer import LTXTransformer, TransformerConfig
-from ltx2_tuner.quantization.formats import WeightFormat
+from ltx2_tuner.models.transformer import TransformerConfig
 from ltx2_tuner.sampling.options import is_distilled
 from ltx2_tuner.training.balance import AudioBalancer
 from ltx2_tuner.training.base_weights import merge_base_weights
 from ltx2_tuner.training.footprint import plan_memory
 from ltx2_tuner.training.guard import NonFiniteGuard
+from ltx2_tuner.training.loftq import LoftQStart, keep_start
 from ltx2_tuner.training.logs import Trackers
 from ltx2_tuner.training.loop import Run, Sampler, Trainer
 from ltx2_tuner.training.metadata import MetadataOptions, RunMetadata, training_facts
@@ -51,8 +54,6 @@ from ltx2_tuner.training.validation import Validator
 from ltx2_tuner.training.window import Gradients, mean_over_ranks
 
 logger = logging.getLogger(__name__)
-_GIB = 2**30
-_FP8_NEEDS = 48 * _GIB  # device memory below which an fp8 file must not be widened to bf16
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,8 @@ class Processes:
 class TrainingConfig:
     """Everything a run is told, as the command line parsed it.
 
-    draws.sampler.mode `auto` follows the checkpoint's version. mixed_precision: `no`, `fp16` or `bf16`.
+    draws.sampler.mode `auto` follows the checkpoint's version. mixed_precision: `no`, `fp16` or `bf16`. slider: facts
+    of a slider for the metadata, None for other runs.
     """
 
     checkpoint: Path
@@ -92,8 +94,7 @@ class TrainingConfig:
     dtype: torch.dtype = torch.bfloat16
     mixed_precision: str = "no"
     adapter_dtype: torch.dtype = torch.float32
-    weights: WeightFormat = field(default_factory=WeightFormat)
-    quantize_device: str | None = None
+    precision: PrecisionOptions = field(default_factory=PrecisionOptions)
     memory: MemoryOptions = field(default_factory=MemoryOptions)
     compilation: CompileOptions = field(default_factory=CompileOptions)
     batches: BatchOptions = field(default_factory=BatchOptions)
@@ -106,8 +107,14 @@ class TrainingConfig:
     samples: SampleOptions = field(default_factory=SampleOptions)
     logs: LogOptions = field(default_factory=LogOptions)
     metadata: MetadataOptions = field(default_factory=MetadataOptions)
+    slider: Mapping[str, object] | None = None
     resume: Path | None = None
     autoresume: bool = False
+
+    @property
+    def trained_mode(self) -> str:
+        """The mode whose layers are trained: sliders train the picture alone, whatever previews make."""
+        return self.mode if self.slider is None else "video"
 
 
 @dataclass
@@ -151,7 +158,9 @@ def open_checkpoint(config: TrainingConfig, processes: Processes) -> tuple[Check
         if config.version_check == "error":
             raise UserError(f"{message}; give the full one")
         logger.warning(message)
-    _check_weights(checkpoint, config, processes.device)
+    on_cuda = processes.device.type == "cuda"
+    device_memory = torch.cuda.get_device_properties(processes.device).total_memory if on_cuda else None
+    check_precision(checkpoint, config.precision, device_memory=device_memory)
     try:
         model = TransformerConfig.from_dict(checkpoint.config.get("transformer", {}))
     except ValueError as error:
@@ -163,23 +172,6 @@ def open_checkpoint(config: TrainingConfig, processes: Processes) -> tuple[Check
             f"got {swapped}"
         )
     return checkpoint, version, model
-
-
-def _check_weights(checkpoint: Checkpoint, config: TrainingConfig, device: torch.device) -> None:
-    kind = config.weights.kind
-    if checkpoint.is_nf4 and kind != "nf4":
-        raise UserError(f"{checkpoint.path} is quantised to NF4; add --nf4_base")
-    if checkpoint.is_fp8 and kind == "fp8" and config.weights.fp8_scales != "none":
-        raise UserError(f"{checkpoint.path} is an fp8 file already; remove --fp8_scaled")
-    if checkpoint.is_fp8 and kind == "dense":
-        message = f"{checkpoint.path} is an fp8 file and would be widened to {config.dtype}; add --fp8_base"
-        if device.type == "cuda" and torch.cuda.get_device_properties(device).total_memory < _FP8_NEEDS:
-            raise UserError(message)
-        logger.warning(message)
-    if kind == "fp8" and config.weights.fp8_scales == "none" and not checkpoint.is_fp8:
-        logger.warning("--fp8_base without --fp8_scaled casts the weights plainly; --fp8_scaled is about 2 dB better")
-    if checkpoint.is_nf4 and checkpoint.nf4_block_size != config.weights.nf4_block_size:
-        logger.info("the file's NF4 block size %d is used", checkpoint.nf4_block_size)
 
 
 def expected_caches(checkpoint: Checkpoint, model: TransformerConfig, config: TrainingConfig) -> ExpectedCaches:
@@ -211,11 +203,20 @@ def build(
         sampler: makes previews; its prompts are encoded already, so that Gemma and the transformer never meet.
     """
     device = processes.device
+    config = replace(config, precision=_settle_precision(config, sources.checkpoint, device))
     config = replace(config, memory=plan_memory(config, sources, device))
-    model = _load_model(config, sources, device)
-    quantised = config.weights.kind != "dense"
-    network = build_network(model, config.network, mode=config.mode, seed=config.loop.seed, quantised=quantised)
+    base = _load_model(config, sources, device)
+    model = base.transformer
+    network = build_network(
+        model,
+        config.network,
+        mode=config.trained_mode,
+        seed=config.loop.seed,
+        quantised=config.precision.weights.kind != "dense",
+        start_values=base.start_values,
+    )
     network.to(device, config.adapter_dtype)
+    loftq = _keep_start(config, base, network, processes)
     logger.info("%s", prepare_model(model, config.memory, config.compilation, device))
     rates = config.optimizer
     groups, group_names = optimizer_groups(network, rates.learning_rate, rates.audio_learning_rate, rates.lr_args)
@@ -254,9 +255,11 @@ def build(
         draws=draws,
         loss=config.loss,
         balancer=AudioBalancer(config.loss.balance, device, mean_over_ranks),
-        monitor=AudioMonitor(config.loss.supervision) if config.mode == "av" else None,
+        monitor=AudioMonitor(config.loss.supervision) if config.trained_mode == "av" else None,
         guard=NonFiniteGuard(config.loop.nan_check),
-        saver=_make_saver(config, sources, describe_optimizer(optimizer, config.optimizer), processes, loop, len(data)),
+        saver=_make_saver(
+            config, sources, describe_optimizer(optimizer, config.optimizer), processes, loop, len(data), loftq
+        ),
         log=trackers.log,
         histogram=trackers.histogram,
         histogram_interval=config.logs.histogram_interval if config.logs.trackers else 0,
@@ -269,7 +272,7 @@ def build(
     trainer = make_trainer(run)
     _resume(config, trainer)
     logger.info("%s", _length_line(trainer, sources))
-    if config.mode == "av" and sources.training.items:
+    if config.trained_mode == "av":
         silence = f"silence (weight {config.modes.silence_weight:g})" if config.modes.silence_regularizer else None
         balance = config.loss.balance.mode
         logger.info("%s", audio_plan(sources.training.audio_share, without_sound=silence, balance=balance))
@@ -279,6 +282,8 @@ def build(
 def _length_line(trainer: Trainer, sources: Sources) -> str:
     items = sum(len(found.items) for found in sources.training.inventories)
     batches, steps = len(trainer.run.data), trainer.max_steps
+    if not items:
+        return f"{steps} optimizer steps"
     seen = steps * trainer.run.loop.accumulation / max(batches, 1)
     return (
         f"{items} items, {batches} batches an epoch, {steps} optimizer steps: "
@@ -286,22 +291,42 @@ def _length_line(trainer: Trainer, sources: Sources) -> str:
     )
 
 
-def _load_model(config: TrainingConfig, sources: Sources, device: torch.device) -> LTXTransformer:
+def _settle_precision(config: TrainingConfig, checkpoint: Checkpoint, device: torch.device) -> PrecisionOptions:
+    """The precision that is used in the end: the file and the device may know better."""
+    precision = replace(config.precision, weights=effective_format(checkpoint, config.precision.weights, device))
+    if precision.loftq_rank and config.network.weights is not None:
+        logger.warning("--network_weights wins over --loftq_init: weights are quantised plainly")
+        precision = replace(precision, loftq_rank=0)
+    return precision
+
+
+def _load_model(config: TrainingConfig, sources: Sources, device: torch.device) -> BaseModel:
     """The frozen transformer; only the parts that the mode runs, where that is possible."""
     variant = {"video": "video", "av": "av", "audio": "audio" if config.audio_only_model else "av"}[config.mode]
     base_weights = merge_base_weights(config.network.base_weights)
-    model = load_transformer(
+    base = load_base_model(
         sources.checkpoint,
         variant,
-        block_placement(sources.model.num_layers, config.memory.blocks_to_swap or 0, device),
+        device,
         config.dtype,
-        weights=config.weights,
-        quantize_device=config.quantize_device,
+        config.precision,
+        placement=block_placement(sources.model.num_layers, config.memory.blocks_to_swap or 0, device),
         transform=base_weights,
+        adapted=target_of(config.network, config.trained_mode) if config.precision.loftq_rank else lambda _layer: True,
     )
     if base_weights is not None:
         base_weights.check_used()
-    return model
+    return base
+
+
+def _keep_start(
+    config: TrainingConfig, base: BaseModel, network: torch.nn.Module, processes: Processes
+) -> LoftQStart | None:
+    """What LoftQ's adapters start from, written beside the output; None without LoftQ."""
+    if base.start_values is None:
+        return None
+    path = config.save.output_dir / f"{config.save.output_name}.loftq_init.safetensors"
+    return keep_start(network, base.start_values, config.precision, path if processes.is_main else None)
 
 
 def settle_draws(draws: DrawOptions, version: str) -> DrawOptions:
@@ -355,6 +380,7 @@ def _make_saver(
     processes: Processes,
     loop: LoopOptions,
     batches: int,
+    loftq: LoftQStart | None,
 ) -> RunSaver:
     draws = settle_draws(config.draws, sources.version)
     facts = training_facts(config, sources, draws, optimizer, loop, batches)
@@ -374,14 +400,16 @@ def _make_saver(
         "mode": config.mode,
         "strategy": config.strategy,
         "ltx_version": sources.version,
-        "base": config.weights.kind,
+        "base": config.precision.weights.kind,
+        "loftq": None if loftq is None else loftq.digest,
+        "awq_alpha": config.precision.awq_alpha,
         "seed": loop.seed,
         "max_train_steps": loop.max_steps,
         "learning_rate": config.optimizer.learning_rate,
         "gradient_accumulation_steps": loop.accumulation,
         "optimizer": config.optimizer.type,
     }
-    return RunSaver(config.save, metadata.at, fingerprint, is_main=processes.is_main, wait=processes.wait)
+    return RunSaver(config.save, metadata.at, fingerprint, is_main=processes.is_main, wait=processes.wait, loftq=loftq)
 
 
 def _resume(config: TrainingConfig, trainer: Trainer) -> None:

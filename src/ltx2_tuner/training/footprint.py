@@ -44,7 +44,7 @@ def estimate(config: TrainingConfig, sources: Sources) -> Footprint:
     variant = {"video": "video", "av": "av", "audio": "audio" if config.audio_only_model else "av"}[config.mode]
     with torch.device("meta"):
         model = LTXTransformer(sources.model, variant)
-    sizes = weight_sizes(model, config.weights, config.dtype)
+    sizes = weight_sizes(model, config.precision.weights, config.dtype)
     return Footprint(
         blocks=sizes.blocks,
         block=sizes.block,

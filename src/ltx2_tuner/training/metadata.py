@@ -103,7 +103,7 @@ def training_facts(
         optimizer: class and arguments as text.
         batches: batches of an epoch in one process.
     """
-    network, sampler, memory = config.network, draws.sampler, config.memory
+    network, sampler, memory, precision = config.network, draws.sampler, config.memory, config.precision
     steps_per_epoch = -(-batches // loop.accumulation)
     facts = {
         "session_id": uuid.uuid4().hex,
@@ -133,10 +133,10 @@ def training_facts(
         "mixed_precision": config.mixed_precision,
         "full_fp16": str(config.adapter_dtype) == "torch.float16",
         "full_bf16": str(config.adapter_dtype) == "torch.bfloat16",
-        "fp8_base": config.weights.kind == "fp8",
-        "nf4_base": config.weights.kind == "nf4",
-        "loftq_init": False,
-        "awq_calibration": False,
+        "fp8_base": precision.weights.kind == "fp8",
+        "nf4_base": precision.weights.kind == "nf4",
+        "loftq_init": bool(precision.loftq_rank),
+        "awq_calibration": precision.awq_alpha is not None,
         # network
         "network_module": network.module,
         "network_dim": network.dim,
@@ -164,6 +164,8 @@ def training_facts(
 
 
 def _reference_facts(config: TrainingConfig) -> dict[str, object]:
+    if config.slider is not None:
+        return dict(config.slider)
     if config.strategy == "none":
         return {}
     facts: dict[str, object] = {"ic_lora_strategy": config.strategy}

@@ -13,6 +13,7 @@ import torch
 
 from ltx2_tuner.errors import UserError
 from ltx2_tuner.training import state as states
+from ltx2_tuner.training.loftq import LoftQStart
 from ltx2_tuner.training.options import SaveOptions
 from ltx2_tuner.training.pack import pack, unpack
 from ltx2_tuner.training.progress import progress_record
@@ -25,7 +26,19 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # Keys of the fingerprint whose change makes a state useless; the others only change how the run goes on.
-_STRUCTURE = ("network_module", "rank", "alpha", "targets", "mode", "strategy", "ltx_version", "base", "seed")
+_STRUCTURE = (
+    "network_module",
+    "rank",
+    "alpha",
+    "targets",
+    "mode",
+    "strategy",
+    "ltx_version",
+    "base",
+    "seed",
+    "loftq",
+    "awq_alpha",
+)
 
 
 @dataclass
@@ -33,7 +46,7 @@ class RunSaver:
     """Writes what `options` ask for at each moment.
 
     metadata: makes the strings of a LoRA file from (step, epoch). fingerprint: what a resumed run must share.
-    is_main: only the first process writes. wait: all processes meet here.
+    is_main: only the first process writes. wait: all processes meet here. loftq: what the adapters started from.
     """
 
     options: SaveOptions
@@ -42,10 +55,11 @@ class RunSaver:
     is_main: bool = True
     wait: Callable[[], None] = lambda: None
     resumed_from: Path | None = None
+    loftq: LoftQStart | None = None
     _writer: CheckpointWriter = field(init=False)
 
     def __post_init__(self) -> None:
-        self._writer = CheckpointWriter(self.options)
+        self._writer = CheckpointWriter(self.options, self.loftq)
 
     def save(self, moment: Moment, trainer: Trainer) -> None:
         """Write the files of a moment; generators must be those of training.

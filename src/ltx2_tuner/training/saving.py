@@ -15,6 +15,7 @@ import torch
 from ltx2_tuner import files
 from ltx2_tuner.errors import UserError
 from ltx2_tuner.lora.formats import any_to_comfy, comfy_metadata
+from ltx2_tuner.training.loftq import LoftQStart
 from ltx2_tuner.training.options import SaveOptions
 
 logger = logging.getLogger(__name__)
@@ -44,10 +45,14 @@ class Moment:
 
 
 class CheckpointWriter:
-    """Writes LoRA files in both key formats and removes the ones that rotate out."""
+    """Writes LoRA files in both key formats and removes the ones that rotate out.
 
-    def __init__(self, options: SaveOptions) -> None:
+    A LoftQ run's ComfyUI file is for the full model: what the adapters started with, a part of its base, is not in it.
+    """
+
+    def __init__(self, options: SaveOptions, loftq: LoftQStart | None = None) -> None:
         self.options = options
+        self.loftq = loftq
 
     def save(
         self,
@@ -70,9 +75,13 @@ class CheckpointWriter:
         written = []
         if self.options.original or converted is None:
             cast = {name: tensor.detach().to("cpu", dtype) for name, tensor in tensors.items()}
-            written.append(self._write(with_suffix(base, ".safetensors"), cast, metadata))
+            about = metadata if self.loftq is None else {**metadata, "ss_loftq_start": "contained: for the nf4 base"}
+            written.append(self._write(with_suffix(base, ".safetensors"), cast, about))
         if converted is not None:
-            written.append(self._write(with_suffix(base, ".comfy.safetensors"), converted, comfy_metadata(metadata)))
+            about = comfy_metadata(metadata)
+            if self.loftq is not None:
+                about["ss_loftq_start"] = "taken out: for the model before quantisation"
+            written.append(self._write(with_suffix(base, ".comfy.safetensors"), converted, about))
         if self.options.sidecar:
             self._write_sidecar(base, moment, progress)
         logger.info("saved %s", ", ".join(path.name for path in written))
@@ -82,7 +91,7 @@ class CheckpointWriter:
     def _convert(self, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor] | None:
         """The adapter under ComfyUI's keys, None (with one line) where another network module made it."""
         try:
-            return any_to_comfy(tensors, dtype)
+            return any_to_comfy(tensors if self.loftq is None else self.loftq.taken_out(tensors), dtype)
         except UserError as error:
             logger.info("no ComfyUI copy: %s", error)
             return None
