@@ -155,14 +155,14 @@ def add_regularizer_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--preservation_prompts_cache", metavar="FILE", help="ltx2_preservation_cache.pt of the cache")
 
 
-def check_training(args: argparse.Namespace) -> list[str]:
+def check_training(args: argparse.Namespace, *, needs_data: bool = True) -> list[str]:
     """Sentences about flags of this module that are out of range or do not go together."""
-    return [*_check_data_choice(args), *_check_noise(args), *_check_losses(args), *_check_sound(args)]
+    return [*_check_data_choice(args, needs_data), *_check_noise(args), *_check_losses(args), *_check_sound(args)]
 
 
-def _check_data_choice(args: argparse.Namespace) -> list[str]:
+def _check_data_choice(args: argparse.Namespace, needs_data: bool) -> list[str]:
     errors = []
-    if bool(args.dataset_config) == bool(args.dataset_manifest):
+    if needs_data and bool(args.dataset_config) == bool(args.dataset_manifest):
         errors.append("give one of --dataset_config and --dataset_manifest")
     if not (args.ltx2_checkpoint or args.dit):
         errors.append("--ltx2_checkpoint is needed")

@@ -49,6 +49,7 @@ SCRIPTS = (
     "ltx2_cache_latents",
     "ltx2_cache_text_encoder_outputs",
     "ltx2_train_network",
+    "ltx2_train_slider",
     "ltx2_generate_video",
     "ltx2_merge_lora",
     "ltx2_convert_lora",

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ltx2_tuner.checkpoint import Checkpoint
 from ltx2_tuner.cli.arguments_gemma import gemma_options
@@ -21,13 +22,23 @@ from ltx2_tuner.sampling.prompts import read_prompts
 from ltx2_tuner.sampling.sampler import Sampler
 from ltx2_tuner.training.build import Processes, Sources, TrainingConfig
 
+if TYPE_CHECKING:
+    from ltx2_tuner.text_encoding import TextEncoder
+
 logger = logging.getLogger(__name__)
 
 
 def make_previewer(
-    args: argparse.Namespace, config: TrainingConfig, sources: Sources, processes: Processes
+    args: argparse.Namespace,
+    config: TrainingConfig,
+    sources: Sources,
+    processes: Processes,
+    encoder: TextEncoder | None = None,
 ) -> Previewer:
     """A previewer whose prompts and conditioning media are encoded.
+
+    Args:
+        encoder: one that is loaded already; it is closed here.
 
     Raises:
         UserError: the prompt file, the caches or Gemma do not fit.
@@ -58,7 +69,7 @@ def make_previewer(
     return Previewer(
         sampler,
         requests,
-        _contexts(args, config, sources, processes, requests),
+        _contexts(args, config, sources, processes, requests, encoder),
         _conditionings(args, config, sources, processes, sampler, requests),
         output_dir=config.save.output_dir,
         output_name=config.save.output_name,
@@ -73,22 +84,28 @@ def _contexts(
     sources: Sources,
     processes: Processes,
     requests: list[Request],
+    encoder: TextEncoder | None,
 ) -> list[PromptContext]:
     if args.use_precached_sample_prompts:
         path = args.sample_prompts_cache or _cache_directory(config) / SAMPLE_PROMPTS_NAME
         widths = sources.model.context_width("video"), sources.model.context_width("audio")
         return read_prompt_cache(path, requests, config.mode, widths)
-    from ltx2_tuner.text_encoding import load_text_encoder
-
-    other = args.ltx2_text_encoder_checkpoint
-    connectors = Checkpoint.open(other) if other else sources.checkpoint
-    encoder = load_text_encoder(
-        gemma_options(args), connectors, config.mode, device=processes.device, dtype=config.dtype
-    )
+    encoder = encoder or load_encoder(args, config, sources.checkpoint, processes)
     try:
         return encode_contexts(encoder, requests)
     finally:
         encoder.close()
+
+
+def load_encoder(
+    args: argparse.Namespace, config: TrainingConfig, checkpoint: Checkpoint, processes: Processes
+) -> TextEncoder:
+    """Gemma and the connectors, on this process's device."""
+    from ltx2_tuner.text_encoding import load_text_encoder
+
+    other = args.ltx2_text_encoder_checkpoint
+    connectors = Checkpoint.open(other) if other else checkpoint
+    return load_text_encoder(gemma_options(args), connectors, config.mode, device=processes.device, dtype=config.dtype)
 
 
 def _conditionings(

@@ -25,6 +25,7 @@ from ltx2_tuner.training.build import TrainingConfig
 from ltx2_tuner.training.metadata import MetadataOptions
 from ltx2_tuner.training.modes import ModeOptions
 from ltx2_tuner.training.options import LoopOptions, SampleOptions
+from ltx2_tuner.training.sliders import SliderConfig, slider_data
 
 logger = logging.getLogger(__name__)
 
@@ -44,11 +45,14 @@ UNAVAILABLE = (
 )
 
 
-def training_config(args: argparse.Namespace, mixed_precision: str) -> TrainingConfig:
+def training_config(
+    args: argparse.Namespace, mixed_precision: str, slider: SliderConfig | None = None
+) -> TrainingConfig:
     """The run's configuration.
 
     Args:
         mixed_precision: `no`, `fp16` or `bf16`, as typed or as the launcher says.
+        slider: what a slider run learns in place of datasets.
 
     Raises:
         UserError: every mistake of the flags in one message; or those of the dataset file.
@@ -56,7 +60,7 @@ def training_config(args: argparse.Namespace, mixed_precision: str) -> TrainingC
     errors = [f"--{name} is not available in this version yet; drop it" for name in UNAVAILABLE if getattr(args, name)]
     if args.caption_dropout_rate and args.caption_dropout_mode == "empty":
         errors.append("--caption_dropout_mode empty is not available in this version yet; use zero")
-    errors += training.check_training(args)
+    errors += training.check_training(args, needs_data=slider is None)
     errors += memory.check_memory(args)
     errors += output.check_output(args)
     errors += check_gemma(args)
@@ -72,8 +76,8 @@ def training_config(args: argparse.Namespace, mixed_precision: str) -> TrainingC
         raise UserError("\n  ".join(["these flags need attention:", *errors]) if len(errors) > 1 else errors[0])
     for note in [*training.training_notes(args), *memory.memory_warnings(args), *output.output_notes(args)]:
         logger.warning("%s", note)
-    data = load_data(args)
-    strategy = references.settle_strategy(args, strategy, data)
+    data = load_data(args) if slider is None else slider_data(slider, args.ltx2_mode)
+    strategy = references.settle_strategy(args, strategy, data) if slider is None else f"slider_{slider.mode}"
     references.say_references(args, strategy)
     seed = _seed(args)
     return TrainingConfig(
@@ -133,6 +137,7 @@ def training_config(args: argparse.Namespace, mixed_precision: str) -> TrainingC
         metadata=MetadataOptions(args.training_comment, args.no_metadata, output.modelspec(args)),
         resume=Path(args.resume).expanduser() if args.resume else None,
         autoresume=args.autoresume,
+        slider=None if slider is None else slider.facts(),
     )
 
 

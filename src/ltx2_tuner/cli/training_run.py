@@ -8,6 +8,7 @@ import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,6 +22,9 @@ from ltx2_tuner.training.inspect import dataset_lines, preflight, show_timesteps
 from ltx2_tuner.training.logs import Trackers
 from ltx2_tuner.training.loop import Run, Trainer
 
+if TYPE_CHECKING:
+    from ltx2_tuner.text_encoding import TextEncoder
+
 _PRIVATE = ("token", "key", "path", "dir", "root", "checkpoint", "file", "weights", "config", "manifest", "cache")
 
 
@@ -30,8 +34,13 @@ def carry_out(
     processes: Processes,
     sources: Sources,
     make_trainer: Callable[[Run], Trainer] = Trainer,
+    encoder: TextEncoder | None = None,
 ) -> int:
-    """Show what was asked for, or train; the exit status."""
+    """Show what was asked for, or train; the exit status.
+
+    Args:
+        encoder: makes the previews' text where it is loaded already.
+    """
     if args.show_timesteps:
         draws = settle_draws(config.draws, sources.version)
         print(show_timesteps(draws.sampler, sources.training, config, args.show_timesteps))
@@ -41,7 +50,7 @@ def carry_out(
             print(line)
         return 0
     _prepare_output(args, config, processes)
-    previewer = make_previewer(args, config, sources, processes) if args.sample_prompts else None
+    previewer = make_previewer(args, config, sources, processes, encoder) if args.sample_prompts else None
     trackers = Trackers(
         config.logs,
         is_main=processes.is_main,

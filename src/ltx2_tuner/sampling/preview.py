@@ -96,6 +96,7 @@ class Previewer:
         *,
         step: int,
         epoch: int | None = None,
+        label: str = "",
         on_sample: Callable[[int, list[Path], Sample], None] | None = None,
     ) -> list[Path]:
         """Make every sample of this process; one that fails is logged and the others are made.
@@ -103,6 +104,7 @@ class Previewer:
         Args:
             step: optimizer steps done, for the file name.
             epoch: finished epoch, when called at the end of one.
+            label: stands after the output name.
             on_sample: called with (index, files, sample), for trackers.
 
         Returns:
@@ -115,7 +117,7 @@ class Previewer:
                     continue
                 try:
                     sample = self.make(transformer, request, context, conditioning)
-                    files = self._write(sample, request, step, epoch)
+                    files = self._write(sample, request, step, epoch, label)
                 except Exception:  # a preview must never end a training run
                     logger.exception("sample %d failed; training goes on", request.index)
                     release_memory()
@@ -147,10 +149,10 @@ class Previewer:
                 sample = beside_reference(sample, request, sampler.options)
         return sample
 
-    def _write(self, sample: Sample, request: Request, step: int, epoch: int | None) -> list[Path]:
+    def _write(self, sample: Sample, request: Request, step: int, epoch: int | None, label: str) -> list[Path]:
         when = f"{step:06d}" if epoch is None else f"e{epoch:06d}"
         now = time.strftime("%Y%m%d%H%M%S")
-        stem = self._folder / f"{self._name}_{when}_{request.index:02d}_{now}_{request.seed}"
+        stem = self._folder / f"{self._name}{label}_{when}_{request.index:02d}_{now}_{request.seed}"
         return write_sample(sample, request, stem, merge_audio=self._sampler.options.merge_audio)
 
 
