@@ -8,10 +8,15 @@ import torch
 from ltx2_tuner.checkpoint import Checkpoint, load_transformer
 from ltx2_tuner.lora import LoRAMatrices, LoRANetwork, load_lora, save_comfy, save_original, table_of
 from ltx2_tuner.lora.formats import LoRAFile
+from ltx2_tuner.training.modes import Compute, Prepared
+from ltx2_tuner.training.modes.streams import StreamTask
+from ltx2_tuner.training.objective import task_loss
+from ltx2_tuner.training.options import LossOptions
 from tests.golden.cases import Case, assert_close, golden
 from tests.golden.test_transformer import load, modality
 
 TOLERANCE = 2e-5
+WEIGHTS = {"video_weight": 1.0, "audio_weight": 1.0}
 
 
 def adapters_of(case: Case) -> LoRAFile:
@@ -47,6 +52,31 @@ def test_outputs_losses_and_gradients(case: Case, checkpointing: bool, frozen: b
         assert losses[stream].item() == pytest.approx(case.outputs[f"loss_{stream}"].item(), rel=1e-5)
         assert_gradient(streams[stream].latent.grad, case.outputs[f"grad.{stream}_latent"], stream)
     assert total.item() == pytest.approx(case.outputs["loss"].item(), rel=1e-5)
+    for path, adapter in network.adapters():
+        for part, matrix in (("down", adapter.lora_down), ("up", adapter.lora_up)):
+            assert_gradient(matrix.weight.grad, case.outputs[f"grad.lora.{path}.{part}"], f"{path}.{part}")
+
+
+@golden("transformer_*/lora_grad*")
+def test_gradients_of_the_training_objective(case: Case) -> None:
+    """The same numbers through what a training step does: modality records, masked losses, their weighted sum."""
+    model = load_transformer(Checkpoint.open(case.checkpoint), "av", "cpu", torch.float32, progress=False)
+    network = LoRANetwork.from_file(model, adapters_of(case)).attach(model)
+    compute = Compute(torch.device("cpu"), torch.float32)
+    tasks, modalities = {}, {}
+    for stream in ("video", "audio"):
+        given = {name: case.inputs[f"{stream}.{name}"] for name in ("latent", "sigma", "positions", "context")}
+        context, mask = given.pop("context"), torch.ones(given["latent"].shape[:2], dtype=torch.bool)
+        levels = case.inputs[f"{stream}.timesteps"]
+        tasks[stream] = StreamTask(**given, target=case.inputs[f"{stream}_target"], mask=mask, clean=levels == 0)
+        assert torch.equal(tasks[stream].timesteps(), levels)
+        modalities[stream] = compute.modality(tasks[stream], context, None)
+    prepared = Prepared(**modalities, video_task=tasks["video"], audio_task=tasks["audio"], has_audio=True, **WEIGHTS)
+    terms = task_loss(prepared, *prepared.run(model.train()), LossOptions())
+    terms.total.backward()
+    assert terms.video.mean.item() == pytest.approx(case.outputs["loss_video"].item(), rel=1e-5)
+    assert terms.audio.mean.item() == pytest.approx(case.outputs["loss_audio"].item(), rel=1e-5)
+    assert terms.total.item() == pytest.approx(case.outputs["loss"].item(), rel=1e-5)
     for path, adapter in network.adapters():
         for part, matrix in (("down", adapter.lora_down), ("up", adapter.lora_up)):
             assert_gradient(matrix.weight.grad, case.outputs[f"grad.lora.{path}.{part}"], f"{path}.{part}")

@@ -18,8 +18,18 @@ logger = logging.getLogger(__name__)
 _JPEG_XL = (".jxl",) if any(importlib.util.find_spec(name) for name in ("jxlpy", "pillow_jxl")) else ()
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", *_JPEG_XL)
 VIDEO_EXTENSIONS = (".mp4", ".webm", ".avi", ".mkv", ".mov", ".flv", ".wmv", ".m4v", ".mpg", ".mpeg")
-AUDIO_EXTENSIONS = (".wav", ".flac", ".mp3", ".ogg", ".m4a", ".aac", ".opus", ".wma")
+# In order of preference; what follows the common ones is all that PyAV reads as well.
+_COMMON_AUDIO = (".wav", ".flac", ".mp3", ".ogg", ".m4a", ".aac", ".opus", ".wma")
+_OTHER_AUDIO = (".aif", ".aiff", ".aifc", ".ac3", ".eac3", ".amr", ".ape", ".au", ".caf", ".dts")
+_OTHER_AUDIO += (".m4b", ".mka", ".mp2", ".mpc", ".oga", ".spx", ".tta", ".w64", ".weba", ".wv")
+AUDIO_EXTENSIONS = (*_COMMON_AUDIO, *_OTHER_AUDIO)
 _EXTENSIONS = {"image": IMAGE_EXTENSIONS, "video": VIDEO_EXTENSIONS, "audio": AUDIO_EXTENSIONS}
+
+# Per kind of dataset: what else it takes, and what it is where a file of its own kind has the same name.
+_SECONDARY = {
+    "video": (IMAGE_EXTENSIONS, "a picture that accompanies the clip"),
+    "audio": (VIDEO_EXTENSIONS, "a clip beside the sound file"),
+}
 
 # File systems take 255 bytes; cache names append up to 50, temporary names another 15.
 _LONGEST_STEM = 190
@@ -127,13 +137,14 @@ def source_form(path: Path) -> str | None:
 
 
 def _extensions(kind: str) -> tuple[str, ...]:
-    return (*VIDEO_EXTENSIONS, *IMAGE_EXTENSIONS) if kind == "video" else _EXTENSIONS[kind]
+    """What a dataset of this kind takes: video datasets pictures too, audio datasets the sound of clips."""
+    return (*_EXTENSIONS[kind], *_SECONDARY.get(kind, ((),))[0])
 
 
 def _from_directory(dataset: Dataset) -> SourceList:
     files = directory_files(dataset.source_directory, _extensions(dataset.kind))
-    if dataset.kind == "video":
-        files = _without_companions(files)
+    if dataset.kind in _SECONDARY:
+        files = _without_companions(files, dataset.kind)
     sources, no_caption, empty, failures = [], [], [], []
     for path in files:
         try:
@@ -151,14 +162,19 @@ def _from_directory(dataset: Dataset) -> SourceList:
     return SourceList(tuple(sources), tuple(no_caption), tuple(empty), tuple(failures))
 
 
-def _without_companions(files: list[Path]) -> list[Path]:
-    """Drop pictures that only accompany a clip: `a.png` or `a.mp4.png` beside `a.mp4`."""
-    videos = [path for path in files if path.suffix.lower() in VIDEO_EXTENSIONS]
-    names = {path.stem for path in videos} | {path.name for path in videos}
+def _without_companions(files: list[Path], kind: str) -> list[Path]:
+    """Drop pictures that only accompany a clip (`a.png` or `a.mp4.png` beside `a.mp4`), and clips beside their sound.
+
+    Args:
+        kind: video, or audio, where a clip is left out beside a sound file of its name.
+    """
+    main, other, what = _EXTENSIONS[kind], *_SECONDARY[kind]
+    primary = [path for path in files if path.suffix.lower() in main]
+    names = {path.stem for path in primary} | {path.name for path in primary}
     kept = []
     for path in files:
-        if path.suffix.lower() in IMAGE_EXTENSIONS and path.stem in names:
-            logger.info("%s is ignored: a picture that accompanies the clip of the same name", path)
+        if path.suffix.lower() in other and path.stem in names:
+            logger.info("%s is ignored: %s of the same name", path, what)
         else:
             kept.append(path)
     return kept
@@ -197,7 +213,7 @@ def _from_jsonl(dataset: Dataset) -> SourceList:
             if form == "frames" and dataset.kind == "video":
                 if not directory_files(path, IMAGE_EXTENSIONS):
                     raise ValueError("a folder without pictures")
-            elif form not in ((dataset.kind, "image") if dataset.kind == "video" else (dataset.kind,)):
+            elif form == "frames" or path.suffix.lower() not in _extensions(dataset.kind):
                 raise ValueError(f"not one of {' '.join(_extensions(dataset.kind))}")
             stem = safe_stem(path)
         except (ValueError, UserError) as reason:
