@@ -252,6 +252,14 @@ def test_references_are_paired_by_stem(caplog):
     assert found.items[0].reference_path == Path("rc/a_00000-001_0768x0512_ltx2.safetensors")
 
 
+def test_the_nearest_name_is_shown_for_a_missing_reference(caplog):
+    for name in ("scene_01.mp4", "scene_02.mp4"):
+        clip(name)
+    touch("refs/scene_01.png", "refs/scene_2.png")
+    assert listed(REFERENCES).missing_reference == ["scene_02.mp4"]
+    assert "scene_02.mp4 (nearest: scene_2.png)" in caplog.text
+
+
 def test_no_reference_at_all_is_an_error():
     clip("a.mp4")
     touch("refs/other.png")

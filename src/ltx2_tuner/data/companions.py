@@ -16,6 +16,7 @@ from ltx2_tuner.data.sources import (
     directory_files,
     source_form,
 )
+from ltx2_tuner.errors import nearest
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +54,11 @@ class CompanionIndex:
             logger.warning("%s: several files for '%s' (%s); %s is used", self.directory, stem, names, exact[0].name)
         matches = exact or self._folded.get(stem.casefold(), [])
         return matches[0] if matches else None
+
+    def near(self, stem: str) -> Path | None:
+        """The file whose stem looks most like one that is not there."""
+        match = nearest(stem, self._exact)
+        return self._exact[match][0] if match else None
 
 
 class SoundFinder:
@@ -108,6 +114,14 @@ class References:
     def picture(self, source: Source) -> Path | None:
         """The reference picture, clip or folder of frames of a source."""
         return _explicit_or_found(source.reference, self._pictures, source) if self.pictures else None
+
+    def near_picture(self, source: Source) -> Path | None:
+        """A file that may have been meant as the reference of a source without one."""
+        return self._pictures.near(source.stem) if self._pictures is not None else None
+
+    def near_sound(self, source: Source) -> Path | None:
+        """A file that may have been meant as the reference sound of a source without one."""
+        return self._sounds.near(source.stem) if self._sounds is not None else None
 
     def sound(self, source: Source) -> Path | None:
         """The file with the reference sound of a source."""

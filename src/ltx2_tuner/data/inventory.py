@@ -256,10 +256,19 @@ def check_inventories(
         raise UserError(
             f"no usable items in {places}: an item needs a latent and a text cache, "
             f"run {_LATENTS_SCRIPT} and {_TEXT_SCRIPT} with this dataset file and --ltx2_mode {mode}"
+            f"{_lacking_references(empty)}"
         )
     trained = [inventory for inventory in inventories if not inventory.dataset.validation]
     if trained and mode != "video":
         _check_sound(trained, mode, silence, source)
+
+
+def _lacking_references(inventories: Sequence[Inventory]) -> str:
+    """What to add where items are left out for want of a cached reference."""
+    names = [name for inventory in inventories for name in inventory.skipped.get("no_reference", [])]
+    if not names:
+        return ""
+    return f"; {len(names)} items ({_some(names)}) lack the cached reference that this training needs"
 
 
 def count_table(inventories: Sequence[Inventory]) -> list[str]:

@@ -255,24 +255,35 @@ def _note(
 
 
 def _check_references(found: ItemList, dataset: Dataset, references: References) -> None:
-    """Count sources without references; none at all is a mistake in the configuration."""
-    for wanted, missing, name, attribute in (
-        (references.pictures, found.missing_reference, "reference_directory", "reference"),
-        (references.sounds, found.missing_reference_audio, "reference_audio_directory", "reference_audio"),
+    """Count sources without references, with the files they may have meant; none at all is a mistake."""
+    for wanted, missing, name, attribute, near in (
+        (references.pictures, found.missing_reference, "reference_directory", "reference", references.near_picture),
+        (
+            references.sounds,
+            found.missing_reference_audio,
+            "reference_audio_directory",
+            "reference_audio",
+            references.near_sound,
+        ),
     ):
         if not wanted or not found.items:
             continue
-        without = dict.fromkeys(item.source.path.name for item in found.items if getattr(item, attribute) is None)
+        without = {item.source.path.name: item.source for item in found.items if getattr(item, attribute) is None}
         missing.extend(without)
+        shown = [_with_near(source, near(source)) for source in list(without.values())[:5]]
         if all(getattr(item, attribute) is None for item in found.items):
             raise UserError(
                 f"{dataset.label}: not one of {len(without)} sources has a file of the same stem in "
-                f"{getattr(dataset, name) or 'its JSONL record'}; check {name}"
+                f"{getattr(dataset, name) or 'its JSONL record'}: {', '.join(shown)}; check {name}"
             )
         if missing:
             logger.warning(
-                "%s: missing_reference %d, skipped at training: %s", dataset.label, len(missing), ", ".join(missing[:5])
+                "%s: missing_reference %d, skipped at training: %s", dataset.label, len(missing), ", ".join(shown)
             )
+
+
+def _with_near(source: Source, near: Path | None) -> str:
+    return f"{source.path.name} (nearest: {near.name})" if near else source.path.name
 
 
 def _log_summary(found: ItemList, dataset: Dataset, longest: int) -> None:
