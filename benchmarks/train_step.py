@@ -50,7 +50,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--size", type=int, nargs=2, default=(512, 768), metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--precision", choices=tuple(PRECISIONS), default="bf16", help="of the blocks' matrices")
-    parser.add_argument("--recompute", choices=("none", "full"), default="none")
+    parser.add_argument("--recompute", choices=("none", "cheap", "full"), default="none", help="cheap keeps products")
     parser.add_argument("--blocks_to_swap", type=int, default=0)
     parser.add_argument("--layers", type=int, default=48)
     parser.add_argument("--width_divisor", type=int, default=1, help="narrower heads, for machines without a big card")
@@ -165,6 +165,7 @@ class Step:
         self.parameters = list(self.network.parameters())
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, fused=device.type == "cuda")
         memory = MemoryOptions(blocks_to_swap=args.blocks_to_swap, checkpointing=args.recompute == "full")
+        self.model.enable_gradient_checkpointing(args.recompute == "cheap", keep_products=True)
         self.plan = prepare_model(self.model, memory, CompileOptions(enabled=args.compile), device)
         self.graphs = None
         if args.joint:

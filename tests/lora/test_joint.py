@@ -152,3 +152,16 @@ def test_working_copies_survive_a_second_pass_before_the_first_backward() -> Non
     single = step(model, network)[2:]
     for pair in zip(doubled, single):
         torch.testing.assert_close(pair[0], 2 * pair[1], rtol=1e-5, atol=1e-6)
+
+
+def test_recorded_passes_give_their_gradients_to_other_leaves() -> None:
+    model, network = adapted()
+    expected = step(model, network)[2:]
+    copies = join_adapters(model, network, torch.float32)
+    streams = tiny.inputs(model.config)
+    with copies.recorded() as leaves:
+        loss = sum(velocity.square().mean() for velocity in model(**streams))
+        grads = torch.autograd.grad(loss, [leaves[parameter] for parameter in network.parameters()])
+    for pair in zip(grads, expected):
+        torch.testing.assert_close(*pair, rtol=1e-5, atol=1e-5)
+    assert_alike(step(model, network)[2:], expected)

@@ -9,7 +9,8 @@ T tokens, n adapters of a group, r rank.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import contextlib
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -68,8 +69,22 @@ class AdapterGroup:
             if strength != 1.0:
                 hidden = hidden * strength
             hidden = hidden.unflatten(1, (count, -1)).transpose(0, 1)  # (n, T, r)
-            added = torch.bmm(hidden, self.up.transpose(1, 2))  # (n, T, out)
+            added = _UpProducts.apply(hidden, self.up)  # (n, T, out)
         return tuple((out + part.view(out.shape)).to(out.dtype) for out, part in zip(outputs, added.unbind()))
+
+
+class _UpProducts(torch.autograd.Function):
+    """hidden (n, T, r), up (n, out, r) -> (n, T, out), with the gradient of `up` in the layout of `up`."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden, up)
+        return torch.bmm(hidden, up.transpose(1, 2))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        hidden, up = ctx.saved_tensors
+        return torch.bmm(grad, up), torch.bmm(grad.transpose(1, 2), hidden)
 
 
 class JointLinear:
@@ -137,6 +152,24 @@ class WorkingCopies:
         copies = iter(_Copy.apply(self.dtype, self.shapes, self.counts, *self.masters))
         for group in self.groups:
             group.use(next(copies), next(copies))
+
+    @contextlib.contextmanager
+    def recorded(self) -> Iterator[dict[nn.Parameter, Tensor]]:
+        """Within the block passes read other leaves in place of the masters: what they are, by master.
+
+        Autograd ties a leaf to the stream of the first graph that reaches it, as long as any such graph lives (somebody
+        may hold the last loss). Passes that are recorded on a stream of their own need leaves that nobody has used.
+        """
+        masters = self.masters
+        self.masters = [master.detach().requires_grad_(master.requires_grad) for master in masters]
+        try:
+            yield dict(zip(masters, self.masters))
+        finally:
+            self.masters = masters
+            for group in self.groups:
+                group.down = group.up = None
+                for adapter in group.adapters:
+                    adapter.copies = None
 
 
 class _Copy(torch.autograd.Function):

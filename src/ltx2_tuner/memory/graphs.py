@@ -15,7 +15,8 @@ import dataclasses
 import gc
 import logging
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch
@@ -95,12 +96,18 @@ class TrainingGraphs:
         model: with its adapters attached and its blocks compiled; weights stay at their addresses.
         parameters: what is trained.
         state: what else a recording depends on, asked before each pass.
+        leaves: a context in which passes read fresh leaves in place of the parameters, given by parameter (a leaf that
+            was used on one stream cannot be recorded on another).
     """
 
     def __init__(
-        self, model: LTXTransformer, parameters: Sequence[nn.Parameter], state: Callable[[], Hashable] = lambda: None
+        self,
+        model: LTXTransformer,
+        parameters: Sequence[nn.Parameter],
+        state: Callable[[], Hashable],
+        leaves: Callable[[], AbstractContextManager[Mapping[nn.Parameter, Tensor]]],
     ) -> None:
-        self.model, self.parameters, self.state = model, list(parameters), state
+        self.model, self.parameters, self.state, self.leaves = model, list(parameters), state, leaves
         self.eager = model.forward
         self.recordings: dict[Hashable, _Recording] = {}
         self.seen: dict[Hashable, int] = {}
@@ -159,9 +166,11 @@ class TrainingGraphs:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # the passes run so far hold memory of their own that the recording will need
         try:
-            self.recordings[key] = self._recorded(streams)
+            with self.leaves() as leaves:
+                self.recordings[key] = self._recorded(streams, leaves)
         except RuntimeError as error:  # out of memory is one, too
             logger.warning("training runs without CUDA graphs: %s", str(error).splitlines()[0])
+            logger.debug("recording failed", exc_info=True)
             self.recordings.clear()
             self.pool = None
         finally:
@@ -169,7 +178,7 @@ class TrainingGraphs:
             self.model.block_runner = run_block
         return key in self.recordings
 
-    def _recorded(self, streams: Streams) -> _Recording:
+    def _recorded(self, streams: Streams, leaves: Mapping[nn.Parameter, Tensor]) -> _Recording:
         inputs = tuple(None if modality is None else _copied(modality) for modality in streams)
         recording = _Recording(inputs, (None, None), (None, None), [])
         self.model.block_runner = self.two_streams
@@ -181,7 +190,8 @@ class TrainingGraphs:
         waiting = iter(gradients)
         recording.gradients = tuple(None if velocity is None else next(waiting) for velocity in velocities)
         with self._recording_into(recording.backward):
-            found = torch.autograd.grad(present, self.parameters, gradients, allow_unused=True)
+            wanted = [leaves[parameter] for parameter in self.parameters]
+            found = torch.autograd.grad(present, wanted, gradients, allow_unused=True)
             pairs = [(p, grad) for p, grad in zip(self.parameters, found) if grad is not None]
             torch._foreach_copy_([self.grads[p] for p, _ in pairs], [grad for _, grad in pairs])
         recording.reached = [p for p, _ in pairs]

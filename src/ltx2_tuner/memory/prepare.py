@@ -64,10 +64,11 @@ def prepare_model(
     if options.checkpointing:
         saved = {"saved_inputs": ActivationOffload(device)} if options.checkpoint_offload else {}
         model.enable_gradient_checkpointing(**saved)
-    return MemoryPlan(store, bool(options.checkpointing), _compile(model, compilation, device))
+    compiled = _compile(model, compilation, device, by_part=store is None)
+    return MemoryPlan(store, bool(options.checkpointing), compiled)
 
 
-def _compile(model: LTXTransformer, options: CompileOptions, device: torch.device) -> bool:
+def _compile(model: LTXTransformer, options: CompileOptions, device: torch.device, *, by_part: bool) -> bool:
     """Compile each block by itself, so that the first step does not wait for the whole model."""
     wanted = compiler_works(device) if options.enabled is None else options.enabled
     if options.enabled is None and device.type == "cuda" and not wanted:
@@ -75,6 +76,7 @@ def _compile(model: LTXTransformer, options: CompileOptions, device: torch.devic
     if wanted:
         compile_blocks(
             model.transformer_blocks,
+            by_part=by_part,
             backend=options.backend,
             mode=None if options.mode == "default" else options.mode,
             dynamic=options.dynamic,

@@ -27,11 +27,14 @@ def accelerate(
     """
     if not isinstance(network, LoRANetwork):
         return None
-    join_adapters(model, network, dtype, () if plan.store is None else plan.store.streamed)
+    copies = join_adapters(model, network, dtype, () if plan.store is None else plan.store.streamed)
     on_cuda = next(network.parameters()).is_cuda
     if not (graphs and on_cuda and plan.compiled and plan.store is None and not network.has_dropout):
         return None
     adapters = [adapter for _, adapter in network.adapters()]
     return TrainingGraphs(
-        model, list(network.parameters()), lambda: frozenset((a.enabled, a.multiplier) for a in adapters)
+        model,
+        list(network.parameters()),
+        state=lambda: frozenset((a.enabled, a.multiplier) for a in adapters),
+        leaves=copies.recorded,
     )

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from ltx2_tuner.models.transformer.attention import Attention
 from ltx2_tuner.models.transformer.config import TransformerConfig
@@ -57,25 +57,40 @@ def recomputable(part: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """A part of a block that with `recompute=True` keeps nothing but its inputs for the backward pass.
 
     Inside the part and not around it, so that compiling the part compiles the recomputation too: it is fused into the
-    backward pass, and what only the part's result needs is not computed again.
+    backward pass, and what only the part's result needs is not computed again. A compiler takes a plain checkpoint
+    for advice and keeps the products of big matrices; unless `block.keep_products` allows that, it is told not to.
     """
 
     @functools.wraps(part)
     def run(block: BasicAVTransformerBlock, *arguments: object, recompute: bool = False) -> Tensor:
-        if recompute and torch.is_grad_enabled():
-            return checkpoint(part, block, *arguments, use_reentrant=False)
-        return part(block, *arguments)
+        if not (recompute and torch.is_grad_enabled()):
+            return part(block, *arguments)
+        if torch.compiler.is_compiling() and not block.keep_products:
+            return checkpoint(part, block, *arguments, use_reentrant=False, context_fn=_recompute_everything)
+        return checkpoint(part, block, *arguments, use_reentrant=False)
 
     return run
 
 
+def _always(context: object, operation: object, *arguments: object, **keywords: object) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_RECOMPUTE
+
+
+_recompute_everything = functools.partial(create_selective_checkpoint_contexts, _always)
+
+
 class BasicAVTransformerBlock(nn.Module):
-    """A block of the variant "av", "video" or "audio"; the modules of an absent stream do not exist."""
+    """A block of the variant "av", "video" or "audio"; the modules of an absent stream do not exist.
+
+    Attributes:
+        keep_products: compiled, recomputation may keep what is dear to compute: a third of the memory it would save.
+    """
 
     def __init__(self, config: TransformerConfig, variant: str = "av") -> None:
         super().__init__()
         self.eps = config.norm_eps
         self.modulates_text = config.cross_attention_adaln
+        self.keep_products = False
         kind = {"gated": config.apply_gated_attention, "eps": config.norm_eps}
         heads, rows = config.num_heads, config.modulation_rows
         if variant != "audio":

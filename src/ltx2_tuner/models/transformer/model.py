@@ -137,6 +137,7 @@ class LTXTransformer(nn.Module):
         *,
         blocks: Collection[int] | None = None,
         saved_inputs: Callable[[], AbstractContextManager] = nullcontext,
+        keep_products: bool = False,
     ) -> None:
         """Recompute blocks in the backward pass instead of keeping their activations.
 
@@ -144,10 +145,13 @@ class LTXTransformer(nn.Module):
             blocks: which ones; None means all.
             saved_inputs: makes a context of saved-tensor hooks under which a block's inputs are kept, for instance
                 `torch.autograd.graph.save_on_cpu`.
+            keep_products: let compiled blocks keep what is dear to compute; faster, in return for memory.
         """
         chosen = range(len(self.transformer_blocks)) if blocks is None else blocks
         self._checkpointed = frozenset(chosen) if enabled else frozenset()
         self._saved_inputs = saved_inputs
+        for block in self.transformer_blocks:
+            block.keep_products = keep_products
 
     def set_attention_backend(self, name: str) -> None:
         """Use `sdpa`, `flash_attn`, `flash3` or `xformers` in all blocks."""
