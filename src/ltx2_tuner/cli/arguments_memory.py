@@ -139,7 +139,7 @@ def _precision_errors(args: argparse.Namespace) -> list[str]:
     size = args.nf4_block_size
     if size < 16 or size & (size - 1):
         errors.append(f"--nf4_block_size must be 16, 32, 64, 128 ... (got {size})")
-    if not hasattr(args, "loftq_init"):
+    if getattr(args, "loftq_iters", None) is None:  # not a training script
         return errors
     if args.loftq_init and args.network_module != BUILT_IN:
         errors.append(
@@ -202,7 +202,7 @@ def precision_options(args: argparse.Namespace, rank: int = 0) -> PrecisionOptio
         UserError: weights are to be quantised on a device that is not there.
     """
     options = PrecisionOptions(weight_format(args), _quantize_device(args))
-    if not hasattr(args, "loftq_init"):
+    if getattr(args, "loftq_iters", None) is None:  # not a training script
         return options
     return replace(
         options,
