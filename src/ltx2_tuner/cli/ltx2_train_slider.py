@@ -148,8 +148,6 @@ def _check_text(args: argparse.Namespace, slider: SliderConfig) -> None:
         return
     if not (args.gemma_root or args.gemma_safetensors):
         raise UserError(f"{slider.path}: mode text encodes its prompts; give --gemma_root or --gemma_safetensors")
-    if args.use_precached_sample_prompts and not args.sample_prompts_cache:
-        raise UserError("mode text has no cache directory: name the file with --sample_prompts_cache")
     if abs(slider.guidance) > _UNSTABLE_GUIDANCE:
         logger.warning("guidance_strength %g is high; 1 to 3 trains steadily", slider.guidance)
 

@@ -125,15 +125,16 @@ def _add_pair(inventory: Inventory, name: CacheName, positive: Path, negative: P
 
 
 def slider_data(config: SliderConfig, mode: str) -> DatasetConfig:
-    """The slider's data as the rest of the suite knows data: one dataset of pairs, or none.
+    """The slider's data as the rest of the suite knows data: one dataset, of which mode text has the folder alone.
 
     Args:
         mode: video or av, that of the previews.
     """
-    return DatasetConfig(config.path, mode, (_dataset(config),) if config.mode == "reference" else ())
+    return DatasetConfig(config.path, mode, (_dataset(config),))
 
 
 def _dataset(config: SliderConfig) -> Dataset:
-    """Clips at the slider's frame rate, one in a batch."""
+    """Clips at the slider's frame rate, one in a batch; side files lie beside the latents, or the slider file."""
     options = {"target_fps": config.fps, "batch_size": 1}
-    return dataset_from_options(options, "video", "pos_cache_dir", 0, False, cache_directory=config.positive_cache)
+    folder = config.positive_cache or config.path.parent
+    return dataset_from_options(options, "video", "pos_cache_dir", 0, False, cache_directory=folder)
