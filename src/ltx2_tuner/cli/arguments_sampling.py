@@ -154,6 +154,9 @@ def sampling_options(
 ) -> SamplingOptions:
     """The run's sampling defaults from parsed flags; the strategy says which references count."""
     blocks = args.stg_blocks
+    if args.sample_merge_audio and (mode == "video" or args.sample_disable_audio):
+        reason = "--sample_disable_audio" if mode != "video" else "--ltx2_mode video; sound takes --ltx2_mode av"
+        logger.info("--sample_merge_audio has no effect: no sound is made with %s", reason)
     return SamplingOptions(
         mode=mode,
         version=version,

@@ -15,7 +15,7 @@ from ltx2_tuner.models.transformer import LTXTransformer
 from ltx2_tuner.models.transformer.tokens import audio_latent_length, unpatchify_audio, unpatchify_video
 from ltx2_tuner.models.video_vae import VideoVAEConfig
 from ltx2_tuner.models.video_vae.tiling import TileConfig
-from ltx2_tuner.sampling.audio_preview import decode_in_subprocess
+from ltx2_tuner.sampling.audio_preview import AudioPreviewError, decode_in_subprocess
 from ltx2_tuner.sampling.conditioning import Conditioning
 from ltx2_tuner.sampling.contexts import PromptContext
 from ltx2_tuner.sampling.decode import decode_frames, decode_waveform
@@ -156,13 +156,25 @@ class Sampler:
         )
 
     def decode(self, latents: Latents, request: Request) -> Sample:
-        """Frames and sound of denoised latents; sound is cut or padded to the length of the picture."""
+        """Frames and sound of denoised latents; sound is cut or padded to the length of the picture.
+
+        Sound that cannot be decoded is left out with a warning where there are frames.
+
+        Raises:
+            AudioPreviewError, ArithmeticError: it cannot be decoded and is all that was asked for.
+        """
         frames = self._decode_video(latents.video) if latents.video is not None else None
         waveform = rate = None
         if latents.audio is not None and self.options.makes_audio:
-            waveform, rate = self._decode_audio(latents.audio)
-            length = round(request.seconds * rate)
-            waveform = torch.nn.functional.pad(waveform[:, :length], (0, max(length - waveform.shape[1], 0)))
+            try:
+                waveform, rate = self._decode_audio(latents.audio)
+            except (AudioPreviewError, ArithmeticError) as error:
+                if frames is None:
+                    raise
+                logger.warning("sample %d has no sound: %s", request.index, error)
+            else:
+                length = round(request.seconds * rate)
+                waveform = torch.nn.functional.pad(waveform[:, :length], (0, max(length - waveform.shape[1], 0)))
         return Sample(frames, waveform, rate)
 
     def _video_noise(self, transformer, request: Request, generator: torch.Generator) -> torch.Tensor | None:
