@@ -17,6 +17,7 @@ from ltx2_tuner.cli import arguments_training as training
 from ltx2_tuner.cli import references
 from ltx2_tuner.cli.arguments_gemma import check_gemma
 from ltx2_tuner.cli.arguments_sampling import check_sampling
+from ltx2_tuner.cli.regularizers import regularizer_options
 from ltx2_tuner.data.batches import BatchOptions
 from ltx2_tuner.data.config import DatasetConfig, load_dataset_config
 from ltx2_tuner.data.manifest import load_manifest
@@ -31,13 +32,6 @@ logger = logging.getLogger(__name__)
 
 # Flags of the documented set whose feature this version does not have: said plainly, never silently ignored.
 UNAVAILABLE = (
-    "blank_preservation",
-    "dop",
-    "prior_divergence",
-    "audio_dop",
-    "crepa",
-    "self_flow",
-    "use_precached_preservation",
     "huggingface_repo_id",
     "resume_from_huggingface",
     "save_state_to_huggingface",
@@ -72,6 +66,7 @@ def training_config(
     scheduler_options = optimizer.scheduler_options(args, errors)
     network_options = network.network_options(args, args.ltx2_mode, errors)
     strategy = references.wanted_strategy(args, network_options.preset, errors)
+    regularizers = regularizer_options(args, errors)
     if errors:
         raise UserError("\n  ".join(["these flags need attention:", *errors]) if len(errors) > 1 else errors[0])
     for note in [*training.training_notes(args), *memory.memory_warnings(args), *output.output_notes(args)]:
@@ -115,6 +110,7 @@ def training_config(
             audio_quota=args.min_audio_batches_per_accum,
             accumulation=args.gradient_accumulation_steps,
             audio_probability=args.audio_batch_probability,
+            dino=regularizers.crepa is not None and regularizers.crepa.mode == "dino",
             silence=args.audio_silence_regularizer,
         ),
         workers=workers,
@@ -131,6 +127,7 @@ def training_config(
         ),
         draws=training.draw_options(args, "auto"),
         loss=training.loss_options(args),
+        regularizers=regularizers,
         validation=output.validation_options(args),
         samples=SampleOptions(args.sample_at_first, args.sample_every_n_steps, args.sample_every_n_epochs),
         logs=output.log_options(args),

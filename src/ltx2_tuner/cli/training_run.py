@@ -15,6 +15,7 @@ import torch
 from ltx2_tuner.cli import values
 from ltx2_tuner.cli.config_file import write_effective
 from ltx2_tuner.cli.previews import make_previewer
+from ltx2_tuner.cli.regularizers import preservation_prompts
 from ltx2_tuner.compat import prepare_torchaudio
 from ltx2_tuner.errors import UserError
 from ltx2_tuner.training.build import Processes, Sources, TrainingConfig, build, settle_draws
@@ -51,6 +52,7 @@ def carry_out(
         return 0
     _prepare_output(args, config, processes)
     previewer = make_previewer(args, config, sources, processes, encoder) if args.sample_prompts else None
+    prompts = preservation_prompts(args, config, sources, processes)
     trackers = Trackers(
         config.logs,
         is_main=processes.is_main,
@@ -58,7 +60,7 @@ def carry_out(
         wandb_key=args.wandb_api_key,
     )
     try:
-        trainer = build(config, processes, sources, trackers, previewer, make_trainer)
+        trainer = build(config, processes, sources, trackers, previewer, make_trainer, prompts)
         if args.preflight_only:
             for line in preflight(trainer, sources):
                 print(line)

@@ -45,6 +45,9 @@ from ltx2_tuner.training.options import (
     SaveOptions,
     ValidationOptions,
 )
+from ltx2_tuner.training.regularizers import RegularizerOptions
+from ltx2_tuner.training.regularizers.build import Setting, check_regularizers, make_regularizers
+from ltx2_tuner.training.regularizers.prompts import PreservationPrompts
 from ltx2_tuner.training.saver import RunSaver
 from ltx2_tuner.training.schedulers import SchedulerOptions, create_scheduler
 from ltx2_tuner.training.silence import find_silence
@@ -103,6 +106,7 @@ class TrainingConfig:
     modes: ModeOptions = field(default_factory=ModeOptions)
     draws: DrawOptions = field(default_factory=DrawOptions)
     loss: LossOptions = field(default_factory=LossOptions)
+    regularizers: RegularizerOptions = field(default_factory=RegularizerOptions)
     validation: ValidationOptions = field(default_factory=ValidationOptions)
     samples: SampleOptions = field(default_factory=SampleOptions)
     logs: LogOptions = field(default_factory=LogOptions)
@@ -136,7 +140,10 @@ def open_sources(config: TrainingConfig, processes: Processes) -> Sources:
     """
     checkpoint, version, model = open_checkpoint(config, processes)
     training = TrainingData(config.data, config.loop.seed, config.batches)
-    validation = ValidationData(config.data, config.batches) if config.validation.wanted else None
+    check_regularizers(config.regularizers, config.strategy, model.num_layers, training.inventories)
+    validation = None
+    if config.validation.wanted:
+        validation = ValidationData(config.data, replace(config.batches, dino=False))
     if config.data.validation and validation is None:
         logger.info("validation datasets are not used without --validate_every_n_steps or _epochs")
     inventories = [*training.inventories, *(validation.inventories if validation else [])]
@@ -196,11 +203,13 @@ def build(
     trackers: Trackers,
     sampler: Sampler | None = None,
     make_trainer: Callable[[Run], Trainer] = Trainer,
+    prompts: PreservationPrompts | None = None,
 ) -> Trainer:
     """Load the weights and make the trainer, resumed where the configuration asks for it.
 
     Args:
         sampler: makes previews; its prompts are encoded already, so that Gemma and the transformer never meet.
+        prompts: embeddings of the preservation prompts, where the regularizers need any.
     """
     device = processes.device
     config = replace(config, precision=_settle_precision(config, sources.checkpoint, device))
@@ -218,11 +227,6 @@ def build(
     network.to(device, config.adapter_dtype)
     loftq = _keep_start(config, base, network, processes)
     logger.info("%s", prepare_model(model, config.memory, config.compilation, device))
-    rates = config.optimizer
-    groups, group_names = optimizer_groups(network, rates.learning_rate, rates.audio_learning_rate, rates.lr_args)
-    optimizer = create_optimizer(config.optimizer, groups)
-    for warning in scheduler_warnings(optimizer, config.scheduler.name, config.optimizer.max_grad_norm):
-        logger.warning("%s", warning)
     data = sources.training.loader(
         rank=processes.rank,
         world_size=processes.count,
@@ -231,18 +235,43 @@ def build(
         pin_memory=device.type == "cuda",
     )
     loop = _settle_length(config.loop, len(data))
+    mode, autocast = _make_mode(config, sources, device), _autocast(device, config.mixed_precision)
+    rates = config.optimizer
+    regularizers = make_regularizers(
+        config.regularizers,
+        Setting(
+            model=model,
+            network=network,
+            mode=mode,
+            device=device,
+            autocast=autocast,
+            seed=loop.seed,
+            steps=loop.max_steps,
+            learning_rate=rates.learning_rate,
+            output_dir=config.save.output_dir,
+            cache_directory=config.data.datasets[0].cache_directory if config.data.datasets else config.save.output_dir,
+        ),
+        prompts,
+    )
+    groups, group_names = optimizer_groups(network, rates.learning_rate, rates.audio_learning_rate, rates.lr_args)
+    for extra in regularizers.trained():
+        groups.append({"params": list(extra.module.parameters()), "lr": extra.learning_rate})
+        group_names.append(extra.name)
+    optimizer = create_optimizer(config.optimizer, groups)
+    for warning in scheduler_warnings(optimizer, config.scheduler.name, config.optimizer.max_grad_norm):
+        logger.warning("%s", warning)
     scheduler = create_scheduler(optimizer, config.scheduler, loop.max_steps, config.optimizer.learning_rate)
     draws = settle_draws(config.draws, sources.version)
-    mode = _make_mode(config, sources, device)
     validator = None
     if sources.validation is not None:
         items = _Share(sources.validation, processes)
         validator = Validator(model, mode, items, draws.sampler, loop.seed, device)
-    parameters, names = trained_parameters(network, optimizer)
+    others = {extra.name: extra.module for extra in regularizers.trained()}
+    parameters, names = trained_parameters(network, optimizer, others)
     run = Run(
         device=device,
         rank=processes.rank,
-        autocast=_autocast(device, config.mixed_precision),
+        autocast=autocast,
         model=model,
         network=network,
         mode=mode,
@@ -268,6 +297,7 @@ def build(
         samples=config.samples,
         sampler=sampler,
         scaler=torch.amp.GradScaler(device.type) if config.mixed_precision == "fp16" else None,
+        regularizers=regularizers,
     )
     trainer = make_trainer(run)
     _resume(config, trainer)

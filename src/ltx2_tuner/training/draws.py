@@ -43,6 +43,7 @@ class TrainingDraws:
         first_frame_p: float = 0.0,
         caption_dropout_rate: float = 0.0,
     ) -> None:
+        self._key = key
         self._sampler = sampler
         self._device = device
         self._first_frame_p = first_frame_p
@@ -70,6 +71,20 @@ class TrainingDraws:
 
     def noise(self, shape: tuple[int, ...]) -> torch.Tensor:
         return torch.randn(shape, generator=self._noise, device=self._device)
+
+    def uniform(self, *shape: int) -> torch.Tensor:
+        """Values in [0, 1) on the CPU, for further decisions."""
+        return torch.rand(shape, generator=self._decisions)
+
+    def again(self) -> TrainingDraws:
+        """The same draws from their start."""
+        return TrainingDraws(
+            self._key,
+            self._sampler,
+            self._device,
+            first_frame_p=self._first_frame_p,
+            caption_dropout_rate=self._caption_dropout_rate,
+        )
 
 
 @dataclass

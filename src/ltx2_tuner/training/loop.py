@@ -10,7 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -24,6 +24,7 @@ from ltx2_tuner.training.objective import LossTerms, task_loss
 from ltx2_tuner.training.options import DrawOptions, LoopOptions, LossOptions, SampleOptions, ValidationOptions
 from ltx2_tuner.training.progress import LossAverage, Progress, StepLine, StopFlag, stop_requests
 from ltx2_tuner.training.random import DrawKey, default_generator_states, restore_default_generators
+from ltx2_tuner.training.regularizers import Regularizers
 from ltx2_tuner.training.saver import RunSaver
 from ltx2_tuner.training.saving import Moment
 from ltx2_tuner.training.supervision import AudioMonitor
@@ -81,6 +82,7 @@ class Run:
     samples: SampleOptions
     sampler: Sampler | None
     scaler: torch.amp.GradScaler | None = None
+    regularizers: Regularizers = field(default_factory=Regularizers)
 
 
 class Trainer:
@@ -171,13 +173,16 @@ class Trainer:
     def _learn(self, batch: dict, draws: Draws) -> tuple[Prepared, LossTerms]:
         """Forward and backward; what the batch became, and its losses."""
         run = self.run
-        prepared = run.mode.prepare(batch, draws)
+        work = run.regularizers.start(run.mode.prepare(batch, draws), batch, draws, self.progress.step)
+        prepared = work.prepared
         if run.monitor is not None:
             run.monitor.observe(prepared.has_audio)
-        with run.autocast():
+        with run.autocast(), run.regularizers.watching(work):
             video, audio = prepared.run(run.model)
         terms = task_loss(prepared, video, audio, run.loss, run.balancer)
+        terms = run.regularizers.add(work, terms, video, audio)
         self._backward(terms.total)
+        run.regularizers.finish(work, self._backward)
         return prepared, terms
 
     def _backward(self, loss: torch.Tensor) -> None:
@@ -221,7 +226,8 @@ class Trainer:
             run.scaler.unscale_(run.optimizer)
         norms = run.gradients.norms().to(run.device)
         run.gradients.clip(norms[0])
-        return fetch(window, norms, bad, stopped, run.balancer.metrics())
+        extra = {**run.balancer.metrics(), **run.regularizers.metrics()}
+        return fetch(window, norms, bad, stopped, extra)
 
     def _step(self, values: WindowValues, waiting: float, line: StepLine) -> None:
         run, progress = self.run, self.progress
@@ -237,6 +243,7 @@ class Trainer:
         for slot, loss in values.losses:
             self.average.add(slot, loss)
         self.metrics = {**values.metrics, "loss/average": self.average.value, **self._norm_limit()}
+        run.regularizers.after_step()
         if run.monitor is not None:
             self.metrics |= run.monitor.follow(self.metrics)
         perf = line.advance(self.metrics, balanced=run.loss.balance.mode != "none")

@@ -13,6 +13,7 @@ import torch
 
 from ltx2_tuner.errors import UserError
 from ltx2_tuner.training import state as states
+from ltx2_tuner.training.groups import fit_optimizer, fit_scheduler
 from ltx2_tuner.training.loftq import LoftQStart
 from ltx2_tuner.training.options import SaveOptions
 from ltx2_tuner.training.pack import pack, unpack
@@ -82,6 +83,7 @@ class RunSaver:
         tensors = trainer.run.network.state_dict()
         record = progress_record(trainer.progress, trainer.metrics, _learning_rate(trainer.run.optimizer))
         self._writer.save(moment, tensors, self.metadata(moment.step, moment.epoch), record)
+        trainer.run.regularizers.write_files(self.options.output_dir)
         if moment.kind == "interrupt":
             name = moment.stem(self.options.output_name)
             logger.info(
@@ -99,6 +101,7 @@ class RunSaver:
             **trainer.average.state(),
             "optimizer": optimizer_form,
             "scheduler": scheduler_form,
+            "groups": list(run.group_names),
             "scaler": _state_of(run.scaler),
             "balance": run.balancer.state(),
             "supervision": run.monitor.state() if run.monitor else None,
@@ -108,7 +111,12 @@ class RunSaver:
         folder = with_suffix(self.options.output_dir / moment.stem(self.options.output_name), "-state")
         states.save_state(
             folder,
-            {"network": network, "optimizer": {**optimizer, **scheduler}, "random": default_generator_states()},
+            {
+                "network": network,
+                "optimizer": {**optimizer, **scheduler},
+                "random": default_generator_states(),
+                **run.regularizers.state(),
+            },
             metadata,
             state_type=moment.kind,
             step=progress.step,
@@ -127,15 +135,19 @@ class RunSaver:
         state = states.load_state(folder)
         self._compare(folder, state.metadata["fingerprint"])
         run.network.load_state_dict(state.tensors["network"])
-        run.optimizer.load_state_dict(unpack(state.tensors["optimizer"], state.metadata["optimizer"]))
+        groups = state.metadata.get("groups", run.group_names), run.group_names
+        optimizer = unpack(state.tensors["optimizer"], state.metadata["optimizer"])
+        run.optimizer.load_state_dict(fit_optimizer(optimizer, run.optimizer.state_dict(), *groups))
         if run.scheduler is not None and state.metadata["scheduler"] is not None:
-            run.scheduler.load_state_dict(unpack(state.tensors["optimizer"], state.metadata["scheduler"]))
+            scheduler = unpack(state.tensors["optimizer"], state.metadata["scheduler"])
+            run.scheduler.load_state_dict(fit_scheduler(scheduler, run.scheduler.state_dict(), *groups))
         if run.scaler is not None and state.metadata["scaler"]:
             run.scaler.load_state_dict(state.metadata["scaler"])
         run.balancer.load_state(state.metadata["balance"])
         if run.monitor is not None and state.metadata["supervision"]:
             run.monitor.load_state(state.metadata["supervision"])
         run.guard.load_state(state.metadata["skipped"])
+        run.regularizers.load_state(state.tensors, folder)
         trainer.progress.load_state(state.metadata)
         trainer.average.load_state(state.metadata)
         restore_default_generators(state.tensors["random"])
