@@ -57,6 +57,7 @@ def add_logging_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--wandb_run_name", help="run name in wandb")
     group.add_argument("--wandb_api_key", help="wandb key; never logged or stored")
     group.add_argument("--log_config", **_FLAG, help="log the flags too, without keys and paths")
+    group.add_argument("--no_report", **_FLAG, help="write no <output_name>.report.html at the end")
     group.add_argument(
         "--log_timestep_distribution_interval", type=int, default=100, help="steps between histograms; 0 is off"
     )

@@ -23,7 +23,7 @@ from ltx2_tuner.cli.config_file import parse_with_config
 from ltx2_tuner.cli.parser import Parser, entry_point
 from ltx2_tuner.cli.references import check_reference_lengths
 from ltx2_tuner.cli.training_config import training_config
-from ltx2_tuner.cli.training_run import carry_out, join_processes, mixed_precision
+from ltx2_tuner.cli.training_run import carry_out, command_words, join_processes, mixed_precision
 from ltx2_tuner.training.build import open_sources
 
 
@@ -54,7 +54,8 @@ def add_arguments(parser: Parser) -> None:
 
 @entry_point
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parse_with_config(build_parser(), argv)
+    parser = build_parser()
+    args = parse_with_config(parser, argv)
     if args.show_timesteps and not args.output_dir:
         args.output_dir = "."
     config = training_config(args, mixed_precision(args))
@@ -62,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sources = open_sources(config, processes)
     if config.strategy == "v2v":
         check_reference_lengths(args, sources.training.inventories)
-    return carry_out(args, config, processes, sources)
+    return carry_out(args, config, processes, sources, command=command_words(parser, argv))
 
 
 if __name__ == "__main__":

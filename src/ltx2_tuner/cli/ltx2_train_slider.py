@@ -15,7 +15,7 @@ from ltx2_tuner.cli.ltx2_train_network import add_arguments
 from ltx2_tuner.cli.parser import Parser, entry_point
 from ltx2_tuner.cli.previews import load_encoder
 from ltx2_tuner.cli.training_config import training_config
-from ltx2_tuner.cli.training_run import carry_out, join_processes, mixed_precision
+from ltx2_tuner.cli.training_run import carry_out, command_words, join_processes, mixed_precision
 from ltx2_tuner.data.fingerprints import check_caches
 from ltx2_tuner.errors import UserError
 from ltx2_tuner.models.transformer import TransformerConfig
@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     processes = join_processes(args)
     sources, encoder = _open_sources(args, config, slider, processes)
     make_trainer = functools.partial(SliderTrainer, multipliers=slider.multipliers)
-    return carry_out(args, config, processes, sources, make_trainer, encoder)
+    return carry_out(args, config, processes, sources, make_trainer, encoder, command_words(parser, argv))
 
 
 def join_ranges(argv: Sequence[str]) -> list[str]:

@@ -6,7 +6,8 @@ import argparse
 import datetime
 import logging
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from ltx2_tuner.cli import values
 from ltx2_tuner.cli.config_file import write_effective
 from ltx2_tuner.cli.previews import make_previewer
 from ltx2_tuner.cli.regularizers import preservation_prompts
+from ltx2_tuner.cli.run_record import RunRecord
 from ltx2_tuner.compat import prepare_torchaudio
 from ltx2_tuner.errors import UserError
 from ltx2_tuner.training.build import Processes, Sources, TrainingConfig, build, settle_draws
@@ -36,11 +38,13 @@ def carry_out(
     sources: Sources,
     make_trainer: Callable[[Run], Trainer] = Trainer,
     encoder: TextEncoder | None = None,
+    command: Sequence[str] = (),
 ) -> int:
     """Show what was asked for, or train; the exit status.
 
     Args:
         encoder: makes the previews' text where it is loaded already.
+        command: the words of the command line, for the run's report.
     """
     if args.show_timesteps:
         draws = settle_draws(config.draws, sources.version)
@@ -53,9 +57,11 @@ def carry_out(
     _prepare_output(args, config, processes)
     previewer = make_previewer(args, config, sources, processes, encoder) if args.sample_prompts else None
     prompts = preservation_prompts(args, config, sources, processes)
+    record = RunRecord(args, config, processes, command) if processes.is_main and not args.preflight_only else None
     trackers = Trackers(
         config.logs,
         is_main=processes.is_main,
+        run_log=None if record is None else record.log,
         config=_public_flags(args) if args.log_config else None,
         wandb_key=args.wandb_api_key,
     )
@@ -70,6 +76,8 @@ def carry_out(
         raise UserError(_memory_advice(args, processes.device)) from error
     finally:
         trackers.close()
+        if record is not None:
+            record.close()
     return 0
 
 
@@ -88,6 +96,11 @@ def _memory_advice(args: argparse.Namespace, device: torch.device) -> str:
         advice.append("--nf4_base")
     advice.append("a smaller resolution, batch_size or target_frames")
     return f"{device} ran out of memory; try, in this order: {', '.join(advice)}"
+
+
+def command_words(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> list[str]:
+    """The script and its arguments, as typed."""
+    return [parser.prog, *map(str, sys.argv[1:] if argv is None else argv)]
 
 
 def mixed_precision(args: argparse.Namespace) -> str:

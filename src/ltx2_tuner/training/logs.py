@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from ltx2_tuner.errors import UserError
 from ltx2_tuner.training.options import LogOptions
+from ltx2_tuner.training.run_log import RunLog
 
 logger = logging.getLogger(__name__)
 
@@ -17,7 +18,8 @@ logger = logging.getLogger(__name__)
 class Trackers:
     """Writes scalars and histograms to every tracker of the options; does nothing in processes but the first.
 
-    config: flags to store with the run, without keys and paths. wandb_key: logs in for this process only.
+    config: flags to store with the run, without keys and paths. wandb_key: logs in for this process only. run_log: the
+    run's own file, which gets every scalar whatever the trackers.
 
     Raises:
         UserError: a tracker's package is missing.
@@ -30,7 +32,9 @@ class Trackers:
         is_main: bool,
         config: Mapping[str, object] | None = None,
         wandb_key: str | None = None,
+        run_log: RunLog | None = None,
     ) -> None:
+        self._run_log = run_log
         self._board = self._wandb = None
         wanted = options.trackers if is_main else ()
         if "tensorboard" in wanted:
@@ -43,6 +47,8 @@ class Trackers:
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Write scalars under their names."""
+        if self._run_log is not None:
+            self._run_log.log(metrics, step)
         if self._board is not None:
             for name, value in metrics.items():
                 self._board.add_scalar(name, value, step)
