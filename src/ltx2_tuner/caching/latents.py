@@ -284,7 +284,7 @@ class LatentCaching:
         directory, is_audio = group.dataset.cache_directory, group.dataset.item_kind == "audio"
         without = set(gone) if is_audio else set()
         members = [item.latent_path for item in group.items if item.audio_path not in without]
-        owned = _protected_stems(group)
+        owned = protected_stems(group)
 
         def belongs(name: str) -> bool:
             parsed = cache_names.parse_latent_name(name, video=group.dataset.item_kind == "video")
@@ -310,7 +310,7 @@ def _output_directories(dataset: Dataset) -> list[Path]:
     return [place for place in places if place is not None]
 
 
-def _protected_stems(group: Group) -> set[str]:
+def protected_stems(group: Group) -> set[str]:
     """Stems whose caches are no orphans: sources that cannot be used this time, and after failures all of them."""
     sources = group.found.sources
     unusable = {path.stem for path in sources.no_caption} | {

@@ -131,7 +131,7 @@ def _complete_batches(
     batch_of = {target.path: number for number, batch in enumerate(batches) for target in batch}
     waiting = [len(batch) for batch in batches]
     clips: dict[Path, np.ndarray] = {}
-    for target, clip in _decode([target for target in targets if target.path in batch_of], workers):
+    for target, clip in decode_targets([target for target in targets if target.path in batch_of], workers):
         if isinstance(clip, Failed):
             tally.fail(target.key, clip.reason, track)
         else:
@@ -143,7 +143,9 @@ def _complete_batches(
             yield batch, {each.path: clips.pop(each.path) for each in batch if each.path in clips}
 
 
-def _decode(targets: Iterable[PictureTarget], workers: Workers) -> Iterator[tuple[PictureTarget, np.ndarray | Failed]]:
+def decode_targets(
+    targets: Iterable[PictureTarget], workers: Workers
+) -> Iterator[tuple[PictureTarget, np.ndarray | Failed]]:
     """Every target once, with its clip or what went wrong; a source with several windows is decoded once."""
     jobs: dict[PictureJob, list[PictureTarget]] = {}
     for _, group in itertools.groupby(targets, lambda each: (each.source, each.size, each.rate, each.hold_last)):

@@ -48,6 +48,7 @@ _FILE_ERRORS = {
 SCRIPTS = (
     "ltx2_cache_latents",
     "ltx2_cache_text_encoder_outputs",
+    "ltx2_cache_dino_features",
     "ltx2_train_network",
     "ltx2_train_slider",
     "ltx2_generate_video",

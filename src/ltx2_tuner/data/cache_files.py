@@ -166,6 +166,15 @@ def write_text(
     _write(path, tensors, metadata)
 
 
+def write_dino(path: Path, features: torch.Tensor, metadata: Mapping[str, str]) -> None:
+    """Write DINO features (pixel frames, patches, width).
+
+    Raises:
+        NonFiniteError: nothing is written.
+    """
+    _write(path, {"dino_features": features}, metadata)
+
+
 def _write(path: Path, tensors: dict[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
     for name, tensor in tensors.items():
         bad = tensor.numel() - int(torch.isfinite(tensor.float()).sum())
