@@ -55,6 +55,7 @@ SCRIPTS = (
     "ltx2_merge_lora",
     "ltx2_convert_lora",
     "ltx2_merge_lora_to_model",
+    "lora_post_hoc_ema",
     "ltx2_quantize_model",
 )
 

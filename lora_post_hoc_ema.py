@@ -1,0 +1,11 @@
+"""Average the checkpoints of one LoRA run."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
+
+from ltx2_tuner.cli.lora_post_hoc_ema import main
+
+if __name__ == "__main__":
+    sys.exit(main())
