@@ -60,6 +60,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--joint", action=argparse.BooleanOptionalAction, default=True, help="join layers of one input")
     parser.add_argument("--graphs", action=argparse.BooleanOptionalAction, default=True, help="CUDA graphs")
+    parser.add_argument("--streams", type=int, choices=(1, 2), default=2, help="CUDA streams of a graph")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--profile", metavar="FILE", help="write the top kernels of one step as text")
     return parser.parse_args(argv)
@@ -169,7 +170,9 @@ class Step:
         self.plan = prepare_model(self.model, memory, CompileOptions(enabled=args.compile), device)
         self.graphs = None
         if args.joint:
-            self.graphs = accelerate(self.model, self.network, self.plan, torch.bfloat16, graphs=args.graphs)
+            self.graphs = accelerate(
+                self.model, self.network, self.plan, torch.bfloat16, graphs=args.graphs, streams=args.streams
+            )
 
     def __call__(self) -> torch.Tensor:
         velocities = dict(zip(("video", "audio"), self.model(self.inputs["video"], self.inputs["audio"])))
@@ -246,6 +249,7 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
         "compiled": step.plan.compiled,
         "joint": args.joint,
         "graphs": bool(step.graphs and step.graphs.recordings),
+        "streams": args.streams,
         "sec": round(seconds, 4),
         "peak_gib": round(torch.cuda.max_memory_allocated(device) / 2**30, 2) if device.type == "cuda" else None,
         "host_peak_gib": host_peak_gib(),

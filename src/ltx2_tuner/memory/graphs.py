@@ -98,6 +98,7 @@ class TrainingGraphs:
         state: what else a recording depends on, asked before each pass.
         leaves: a context in which passes read fresh leaves in place of the parameters, given by parameter (a leaf that
             was used on one stream cannot be recorded on another).
+        streams: 2 puts the sound stream's kernels beside the picture's.
     """
 
     def __init__(
@@ -106,6 +107,7 @@ class TrainingGraphs:
         parameters: Sequence[nn.Parameter],
         state: Callable[[], Hashable],
         leaves: Callable[[], AbstractContextManager[Mapping[nn.Parameter, Tensor]]],
+        streams: int = 2,
     ) -> None:
         self.model, self.parameters, self.state, self.leaves = model, list(parameters), state, leaves
         self.eager = model.forward
@@ -113,6 +115,7 @@ class TrainingGraphs:
         self.seen: dict[Hashable, int] = {}
         self.pool = torch.cuda.graph_pool_handle()
         self.two_streams = TwoStreams()
+        self.streams = streams
         self.anchor = torch.zeros((), requires_grad=True)  # what makes autograd call the backward pass
         self.unfinished: weakref.ref[_Pass] | None = None
         # Gradients of the pass replayed last, one flat tensor for all shapes.
@@ -181,7 +184,8 @@ class TrainingGraphs:
     def _recorded(self, streams: Streams, leaves: Mapping[nn.Parameter, Tensor]) -> _Recording:
         inputs = tuple(None if modality is None else _copied(modality) for modality in streams)
         recording = _Recording(inputs, (None, None), (None, None), [])
-        self.model.block_runner = self.two_streams
+        if self.streams == 2:
+            self.model.block_runner = self.two_streams
         with self._recording_into(recording.forward):
             velocities = self.eager(*inputs)
         present = [velocity for velocity in velocities if velocity is not None]
@@ -200,11 +204,13 @@ class TrainingGraphs:
     @contextlib.contextmanager
     def _recording_into(self, graph: torch.cuda.CUDAGraph) -> Iterator[None]:
         # Other threads (data loading) may allocate pinned memory meanwhile, hence thread_local.
+        side = self.two_streams.side
         with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            side.wait_stream(torch.cuda.current_stream())
             try:
                 yield
             finally:  # also when something failed: a recording ends properly only with all streams back
-                torch.cuda.current_stream().wait_stream(self.two_streams.side)
+                torch.cuda.current_stream().wait_stream(side)
 
     def deposit(self, recording: _Recording, gradients: Sequence[Tensor | None]) -> None:
         """Replay the backward pass of the velocities' gradients and add what it finds to `parameter.grad`."""

@@ -13,7 +13,13 @@ from ltx2_tuner.models.transformer import LTXTransformer
 
 
 def accelerate(
-    model: LTXTransformer, network: nn.Module, plan: MemoryPlan, dtype: torch.dtype, *, graphs: bool = True
+    model: LTXTransformer,
+    network: nn.Module,
+    plan: MemoryPlan,
+    dtype: torch.dtype,
+    *,
+    graphs: bool = True,
+    streams: int = 2,
 ) -> TrainingGraphs | None:
     """Join the products of the built-in LoRA and record its training passes as CUDA graphs.
 
@@ -24,6 +30,7 @@ def accelerate(
         plan: what `prepare_model` settled; passes are recorded where blocks are compiled and stay on the device.
         dtype: what adapters multiply in.
         graphs: False leaves the recording out.
+        streams: CUDA streams of a recorded pass, 1 or 2.
     """
     if not isinstance(network, LoRANetwork):
         return None
@@ -37,4 +44,5 @@ def accelerate(
         list(network.parameters()),
         state=lambda: frozenset((a.enabled, a.multiplier) for a in adapters),
         leaves=copies.recorded,
+        streams=streams,
     )

@@ -1,0 +1,40 @@
+"""The step benchmark runs without a GPU, in every precision, and its arithmetic is that of the model."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from benchmarks import train_step
+
+SMALL = ["--layers", "2", "--width_divisor", "8", "--size", "64", "64", "--frames", "9", "--device", "cpu"]
+FIELDS = (
+    "precision recompute blocks_to_swap mode frames size tokens rank sec peak_gib host_peak_gib tflops mfu gpu torch"
+)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--precision", "bf16"],
+        ["--precision", "fp8", "--recompute", "full"],
+        ["--precision", "fp8_compute", "--mode", "video"],
+        ["--precision", "nf4", "--recompute", "full", "--blocks_to_swap", "1", "--lora_dtype", "bfloat16"],
+    ],
+    ids=lambda arguments: arguments[1],
+)
+def test_prints_one_line_that_says_what_was_measured(arguments: list[str], capsys, monkeypatch) -> None:
+    monkeypatch.setattr(train_step, "WARM_UP", 0)
+    monkeypatch.setattr(train_step, "MEASURED", 1)
+    line = train_step.main([*SMALL, *arguments])
+    assert json.loads(capsys.readouterr().out) == line
+    assert set(FIELDS.split()) <= set(line)
+    assert line["sec"] > 0 and line["precision"] == arguments[1]
+    assert line["tokens"]["video"] == 2 * 2 * 2
+    assert line["graphs"] is False and line["compiled"] is False
+
+
+def test_counts_the_arithmetic_of_a_pass_at_full_size() -> None:
+    config = train_step.TransformerConfig(num_layers=48)
+    assert train_step.flops(config, 2688, 49) == pytest.approx(81.7e12, rel=0.01)

@@ -1,0 +1,69 @@
+"""Recorded passes give the gradients that the same passes give unrecorded."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ltx2_tuner.lora import LoRANetwork, Targets, select_layers
+from ltx2_tuner.memory.options import CompileOptions, MemoryOptions
+from ltx2_tuner.memory.prepare import prepare_model
+from ltx2_tuner.models.transformer import LTXTransformer
+from ltx2_tuner.training.acceleration import accelerate
+from tests.models.transformer import tiny
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def adapted() -> tuple[LTXTransformer, LoRANetwork]:
+    model = tiny.model().cuda()
+    network = LoRANetwork(select_layers(model, Targets("av", "t2v")), 4)
+    generator = torch.Generator().manual_seed(3)
+    for parameter in network.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2
+    network.cuda().attach(model)
+    return model.train(), network.train()
+
+
+def gradients(model: LTXTransformer, network: LoRANetwork, streams: dict, passes: int = 1) -> list[torch.Tensor]:
+    network.zero_grad(set_to_none=True)
+    for _ in range(passes):
+        velocities = model(streams.get("video"), streams.get("audio"))
+        sum(velocity.square().mean() for velocity in velocities if velocity is not None).backward()
+    return [None if parameter.grad is None else parameter.grad.clone() for parameter in network.parameters()]
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("streams", [("video", "audio"), ("video",)], ids=["av", "video"])
+def test_recorded_passes_give_the_same_gradients(recompute: bool, streams: tuple[str, ...]) -> None:
+    model, network = adapted()
+    batches = [
+        {name: tiny.to(modality, "cuda") for name, modality in tiny.inputs(model.config, seed=seed).items()}
+        for seed in (1, 2)
+    ]
+    batches = [{name: batch[name] for name in streams} for batch in batches]
+    expected = [gradients(model, network, batch) for batch in batches]
+    plan = prepare_model(model, MemoryOptions(checkpointing=recompute), CompileOptions(), torch.device("cuda"))
+    graphs = accelerate(model, network, plan, torch.float32)
+    for _ in range(3):
+        gradients(model, network, batches[0])
+    assert len(graphs.recordings) == 1
+    for batch, wanted in zip(batches, expected):
+        for passes in (1, 2):
+            for actual, single in zip(gradients(model, network, batch, passes), wanted):
+                assert (actual is None) == (single is None)
+                if single is not None:
+                    torch.testing.assert_close(actual, passes * single, rtol=1e-3, atol=1e-4)
+
+
+def test_a_second_forward_before_the_first_backward_is_not_replayed() -> None:
+    model, network = adapted()
+    streams = {name: tiny.to(modality, "cuda") for name, modality in tiny.inputs(model.config).items()}
+    plan = prepare_model(model, MemoryOptions(), CompileOptions(), torch.device("cuda"))
+    accelerate(model, network, plan, torch.float32)
+    single = [gradients(model, network, streams) for _ in range(4)][-1]
+    network.zero_grad(set_to_none=True)
+    losses = [sum(velocity.square().mean() for velocity in model(**streams)) for _ in range(2)]
+    sum(losses).backward()
+    for parameter, wanted in zip(network.parameters(), single):
+        torch.testing.assert_close(parameter.grad, 2 * wanted, rtol=1e-3, atol=1e-4)
