@@ -7,9 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
+from ltx2_tuner.cli import ltx2_cache_latents as script
 from ltx2_tuner.cli.ltx2_cache_latents import build_parser, main
+from ltx2_tuner.files import write_safetensors
+from ltx2_tuner.media.write import write_video
 from tests.caching.latents_world import World
 
 SCRIPT = Path(__file__).parents[2] / "ltx2_cache_latents.py"
@@ -103,3 +108,31 @@ def test_help_names_every_flag():
     parser = build_parser()
     assert set(parser.flags()) == set(expected)
     assert all(flag in parser.format_help() for flag in expected)
+
+
+def test_models_are_opened_before_any_clip(tmp_path, capsys, monkeypatch):
+    """A mistyped checkpoint is told at once, not after a look into thousands of clips."""
+    (tmp_path / "clips").mkdir()
+    dataset = tmp_path / "d.toml"
+    dataset.write_text(
+        "[[datasets]]\nvideo_directory = 'clips'\ncache_directory = 'cache'\nresolution = [64, 64]\n", encoding="utf-8"
+    )
+    monkeypatch.setattr(script, "scan", lambda *_: pytest.fail("the clips were looked into"))
+    assert script.main(["--dataset_config", str(dataset), "--ltx2_checkpoint", str(tmp_path / "no.safetensors")]) == 1
+    assert "no.safetensors: no such file" in capsys.readouterr().err
+
+
+def test_a_file_without_an_autoencoder_says_so(tmp_path, capsys, monkeypatch):
+    lora = tmp_path / "lora.safetensors"
+    write_safetensors(lora, {"lora_unet_x.lora_down.weight": torch.zeros(1, 2)})
+    dataset = tmp_path / "d.toml"
+    dataset.write_text(
+        "[[datasets]]\nvideo_directory = 'clips'\ncache_directory = 'cache'\nresolution = [64, 64]\n", encoding="utf-8"
+    )
+    (tmp_path / "clips").mkdir()
+    write_video(tmp_path / "clips" / "a.mp4", np.zeros((9, 64, 64, 3), np.uint8), 25)
+    (tmp_path / "clips" / "a.txt").write_text("a b c d e", encoding="utf-8")
+    flags = ("--dataset_config", dataset, "--ltx2_checkpoint", lora, "--num_workers", 0, "--device", "cpu")
+    assert script.main([*map(str, flags)]) == 1
+    error = capsys.readouterr().err
+    assert "lora.safetensors: has no tensors under vae.encoder." in error and "--vae or --ltx2_checkpoint" in error

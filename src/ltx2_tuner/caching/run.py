@@ -246,6 +246,12 @@ def summary_lines(tallies: Sequence[Tally]) -> list[str]:
             listed = ", ".join(names[:_LISTED_NAMES]) + (", ..." if len(names) > _LISTED_NAMES else "")
             lines.append(f"[{tally.label}] {reason}: {listed}")
     lines += total.lines()
+    for tally in tallies:
+        if tally.counts["no caption"] and not tally.items:
+            lines.append(
+                f"[{tally.label}] none of the {tally.sources} sources has a caption file; write one beside each of "
+                "them, and name its ending with caption_extension"
+            )
     failures = [(tally, *failure) for tally in tallies for failure in tally.failures]
     lines += [f"failed: [{tally.label}] {item}: {reason}" for tally, item, reason in failures[:_LISTED_FAILURES]]
     if failures:

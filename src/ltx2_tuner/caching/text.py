@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from ltx2_tuner.caching import run
+from ltx2_tuner.caching.captions import note_captions, note_truncated
 from ltx2_tuner.caching.run import Journal, Tally
 from ltx2_tuner.caching.text_side_files import SideFile
 from ltx2_tuner.checkpoint import Checkpoint, component_id, load_text_connectors
@@ -128,6 +129,7 @@ class TextCaching:
         return run.exit_status(tallies, strict=self.options.strict)
 
     def _group(self, dataset: Dataset, found: SourceList) -> _Group:
+        note_captions(label(dataset), [(source.path.name, source.caption) for source in found.sources])
         members = tuple(
             _Member(
                 dataset.cache_directory / text_name(source.stem),
@@ -158,6 +160,9 @@ class TextCaching:
             logger.info("every text cache is up to date; Gemma is not loaded")
             return
         encoder = load_text_encoder(self.gemma, self.checkpoint, self.config.mode, self.device, self.options.dtype)
+        for group in self.groups:
+            named = [(member.name, member.caption) for member in group.members if member.path in missing]
+            note_truncated(group.tally.label, named, encoder.tokenizer.count, encoder.length)
         try:
             for member, group, embedding in self._embeddings(encoder, missing):
                 self._write(member, group, embedding, journal)

@@ -10,7 +10,7 @@ from torch import nn
 
 from ltx2_tuner.checkpoint.checkpoint import Checkpoint
 from ltx2_tuner.checkpoint.keys import DIT
-from ltx2_tuner.checkpoint.modules import CONFIG_ERRORS, fill, on_meta
+from ltx2_tuner.checkpoint.modules import CONFIG_ERRORS, check_present, fill, on_meta
 from ltx2_tuner.errors import UserError
 from ltx2_tuner.models.audio_vae import AudioDecoder, AudioEncoder, AudioVAEConfig
 from ltx2_tuner.models.text import TextConfig, TextConnectors
@@ -85,6 +85,7 @@ def load_text_connectors(
 def _load(
     checkpoint: Checkpoint, component: str, build: Callable[[], Module], device: Device, dtype: torch.dtype
 ) -> Module:
+    check_present(checkpoint, component)
     try:
         with on_meta():
             module = build()

@@ -31,6 +31,15 @@ def on_meta() -> torch.device:
     return torch.device("meta")
 
 
+def check_present(checkpoint: Checkpoint, component: str) -> None:
+    """Raises UserError with the expected prefixes and the flag where the file holds nothing of a component."""
+    if not checkpoint.component(component):
+        prefixes = ", ".join(prefix for prefix, _ in COMPONENTS[component])
+        raise UserError(
+            f"{checkpoint.path}: has no tensors under {prefixes}; name a file that has them with {_FLAGS[component]}"
+        )
+
+
 def checked_shapes(
     checkpoint: Checkpoint,
     component: str,
@@ -45,11 +54,9 @@ def checked_shapes(
     Raises:
         UserError: the file lacks the component or some of its tensors, or one has another shape.
     """
+    check_present(checkpoint, component)
     found = checkpoint.component(component)
     flag = _FLAGS[component]
-    if not found:
-        prefixes = ", ".join(prefix for prefix, _ in COMPONENTS[component])
-        raise UserError(f"{checkpoint.path}: has no tensors under {prefixes}; name a file that has them with {flag}")
     wanted = module.state_dict()
     missing = [key for key in wanted if key not in found]
     if missing:

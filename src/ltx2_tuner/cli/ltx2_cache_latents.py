@@ -189,6 +189,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         typed={"reference_frames": args.reference_frames},
         reference_downscale=args.reference_downscale,
     )
+    models = None if args.debug_mode or args.dry_run else _open_models(args, config.mode)
     options = _options(args)
     frames = args.reference_frames or 1
     if pad8(frames) != frames:
@@ -199,20 +200,34 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _preview(args, groups, workers)
         if args.dry_run:
             return _dry_run(config, groups, options)
-        return _cache(args, config, groups, options, workers)
+        return _cache(args, config, groups, options, workers, models)
+
+
+def _open_models(args: argparse.Namespace, mode: str) -> tuple[Checkpoint | None, Checkpoint | None]:
+    """The files with the video and the audio autoencoder, opened before any clip is looked into.
+
+    Raises:
+        UserError: a file is missing or damaged, or none is named for what the mode needs.
+    """
+    main_file = Checkpoint.open(args.ltx2_checkpoint) if args.ltx2_checkpoint else None
+    if mode != "video" and main_file is None:
+        raise UserError(f"--ltx2_mode {mode} needs --ltx2_checkpoint: it holds the audio autoencoder")
+    video = None
+    if mode != "audio" or args.precache_sample_latents:
+        video = Checkpoint.open(args.vae) if args.vae else main_file
+    return video, main_file if mode != "video" else None
 
 
 def _cache(
-    args: argparse.Namespace, config: DatasetConfig, groups: list[Group], options: LatentOptions, workers: Workers
+    args: argparse.Namespace,
+    config: DatasetConfig,
+    groups: list[Group],
+    options: LatentOptions,
+    workers: Workers,
+    models: tuple[Checkpoint | None, Checkpoint | None],
 ) -> int:
     device = values.device(args.device)
-    main_file = Checkpoint.open(args.ltx2_checkpoint) if args.ltx2_checkpoint else None
-    if config.mode != "video" and main_file is None:
-        raise UserError(f"--ltx2_mode {config.mode} needs --ltx2_checkpoint: it holds the audio autoencoder")
-    video = None
-    if config.mode != "audio" or args.precache_sample_latents:
-        video = Checkpoint.open(args.vae) if args.vae else main_file
-    audio = main_file if config.mode != "video" else None
+    video, audio = models
     if audio is not None and args.audio_video_latent_channels is None and PATCH_PROJECTION in audio:
         geometry = _geometry(args, audio.entry(PATCH_PROJECTION).shape[1])
         options = _options(args, geometry)

@@ -305,7 +305,7 @@ def _log_summary(found: ItemList, dataset: Dataset, longest: int) -> None:
             dataset.label,
             dataset.target_fps,
         )
-    if dataset.frame_extraction != "full":
+    if dataset.frame_extraction != "full" and longest:
         for target in dataset.target_frames:
             if longest < target:
                 logger.warning("%s: no clip has ≥ %d frames", dataset.label, target)

@@ -30,12 +30,19 @@ class Tokenizer:
     bos_id: int
     pad_id: int
 
+    def count(self, caption: str) -> int:
+        """Tokens of one caption, BOS included, however many."""
+        return len(self._ids(caption))
+
     def encode(self, caption: str, length: int = MAX_TOKENS) -> list[int]:
         """Ids of one caption, at most `length`; an empty caption is BOS alone."""
+        return self._ids(caption)[:length]
+
+    def _ids(self, caption: str) -> list[int]:
         ids = list(self.encode_text(caption.strip()))
         if not ids or ids[0] != self.bos_id:
             ids.insert(0, self.bos_id)
-        return ids[:length]
+        return ids
 
     def encode_batch(self, captions: Sequence[str], length: int = MAX_TOKENS) -> tuple[Tensor, Tensor]:
         """Ids and mask of several captions, (B, S) int64 each, padded on the left to the longest one (S <= length)."""
