@@ -70,7 +70,7 @@ def build_parser() -> Parser:
         help="what is written; both is video and latent",
     )
     output.add_argument("--latent_path", nargs="*", default=(), help="decode these saved latents and make nothing new")
-    output.add_argument("--no_metadata", action="store_true", help="write latents without the request that made them")
+    output.add_argument("--no_metadata", action="store_true", help="write files without the request that made them")
     return parser
 
 
@@ -317,7 +317,8 @@ def _write(args: argparse.Namespace, sampler: Sampler, latents: Latents, request
             written.append(folder / f"{number:05d}.png")
             write_image(written[-1], frame)
         sample = dataclasses.replace(sample, frames=None)
-    return written + write_sample(sample, request, stem, merge_audio=sampler.options.merge_audio)
+    merge = sampler.options.merge_audio
+    return written + write_sample(sample, request, stem, merge_audio=merge, settings=not args.no_metadata)
 
 
 def _write_latents(args: argparse.Namespace, latents: Latents, request: Request, stem: Path) -> Path:

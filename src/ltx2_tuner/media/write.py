@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from ltx2_tuner.files import atomic_write
 from ltx2_tuner.media.audio import to_stereo
@@ -25,6 +26,7 @@ def write_video(
     frames: Iterable[np.ndarray],
     fps: float,
     audio: tuple[np.ndarray, int] | None = None,
+    comment: str | None = None,
 ) -> None:
     """Write an H.264 clip (yuv420p, CRF 18), with AAC sound of the same length when `audio` is given.
 
@@ -32,6 +34,7 @@ def write_video(
         frames: uint8 (N, H, W, 3) or an iterable of (H, W, 3); even width and height.
         fps: frames/s.
         audio: float32 (C, S) in [-1, 1] and its rate in Hz. Cut or padded with silence to the picture's length.
+        comment: text that players and tools show as the file's comment.
 
     Raises:
         ValueError: no frame, or an odd width or height.
@@ -41,6 +44,8 @@ def write_video(
     rate = Fraction(fps).limit_denominator(100_000)
     count = 0
     with atomic_write(path) as file, av.open(file, "w", format=_container_format(path)) as container:
+        if comment:
+            container.metadata["comment"] = comment
         stream = container.add_stream("libx264", rate=rate, options={"crf": str(CRF)})
         stream.pix_fmt = "yuv420p"
         sound = container.add_stream("aac", rate=audio[1], layout="stereo") if audio else None
@@ -80,12 +85,16 @@ def write_wav(path: str | os.PathLike, samples: np.ndarray, rate: int) -> None:
         wav.writeframes(np.ascontiguousarray(values.T).tobytes())
 
 
-def write_image(path: str | os.PathLike, pixels: np.ndarray) -> None:
-    """Write a picture, uint8 (H, W, 3), in the format its suffix names."""
+def write_image(path: str | os.PathLike, pixels: np.ndarray, comment: str | None = None) -> None:
+    """Write a picture, uint8 (H, W, 3), in the format its suffix names; a PNG file keeps `comment`."""
     path = Path(path)
     format_name = Image.registered_extensions()[path.suffix.lower()]
+    options: dict[str, object] = {"quality": 95} if format_name == "JPEG" else {}
+    if comment and format_name == "PNG":
+        options["pnginfo"] = PngInfo()
+        options["pnginfo"].add_text("comment", comment)
     with atomic_write(path) as file:
-        Image.fromarray(pixels).save(file, format=format_name, **({"quality": 95} if format_name == "JPEG" else {}))
+        Image.fromarray(pixels).save(file, format=format_name, **options)
 
 
 def _container_format(path: str | os.PathLike) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from ltx2_tuner import __version__
 from ltx2_tuner.errors import UserError
 from ltx2_tuner.media.write import write_image, write_video, write_wav
 from ltx2_tuner.models.transformer import LTXTransformer
@@ -25,12 +27,38 @@ from ltx2_tuner.sampling.sampler import Sample, Sampler
 logger = logging.getLogger(__name__)
 
 
-def write_sample(sample: Sample, request: Request, stem: Path, *, merge_audio: bool = False) -> list[Path]:
+def settings_of(request: Request) -> str:
+    """How a sample was made, as JSON: what another run has to be told to make the same. Media by file name alone."""
+    prompt = request.prompt
+    media = {"image": prompt.image_path, "reference": prompt.v2v_ref_path, "reference_audio": prompt.ref_audio_path}
+    values = {
+        "prompt": prompt.prompt,
+        "negative_prompt": request.negative_prompt,
+        "seed": request.seed,
+        "steps": request.steps,
+        "width": request.width,
+        "height": request.height,
+        "frames": request.frames,
+        "frame_rate": request.frame_rate,
+        "two_stage": request.two_stage,
+        "video": dataclasses.asdict(request.video),
+        "audio": dataclasses.asdict(request.audio),
+        **{name: Path(path).name for name, path in media.items() if path},
+        "tool": f"ltx2-tuner {__version__}",
+    }
+    return json.dumps(values, ensure_ascii=False)
+
+
+def write_sample(
+    sample: Sample, request: Request, stem: Path, *, merge_audio: bool = False, settings: bool = True
+) -> list[Path]:
     """Write `.mp4` (or `.png` for one frame), `.wav`, and `_av.mp4` when asked; returns the paths.
 
     Args:
         stem: path without its extension.
+        settings: clips and pictures say in their comment how they were made.
     """
+    comment = settings_of(request) if settings else None
     written: list[Path] = []
 
     def path(ending: str) -> Path:
@@ -41,13 +69,13 @@ def write_sample(sample: Sample, request: Request, stem: Path, *, merge_audio: b
     sound = None if sample.waveform is None else (sample.waveform.numpy(), sample.rate)
     if frames is not None:
         if len(frames) == 1:
-            write_image(path(".png"), frames[0])
+            write_image(path(".png"), frames[0], comment)
         else:
-            write_video(path(".mp4"), frames, request.frame_rate)
+            write_video(path(".mp4"), frames, request.frame_rate, comment=comment)
     if sound is not None:
         write_wav(path(".wav"), *sound)
         if frames is not None and len(frames) > 1 and merge_audio:
-            write_video(path("_av.mp4"), frames, request.frame_rate, audio=sound)
+            write_video(path("_av.mp4"), frames, request.frame_rate, audio=sound, comment=comment)
     return written
 
 

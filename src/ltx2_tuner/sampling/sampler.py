@@ -223,8 +223,9 @@ class Sampler:
             self._video_decoder = load_video_decoder(self._vae_checkpoint, torch.device("cpu"), self._vae_dtype)
         decoder = self._video_decoder.to(self.device)
         try:
-            return decode_frames(decoder, latents, self.options.tiles)
-        except torch.OutOfMemoryError:
+            with contextlib.suppress(torch.OutOfMemoryError):
+                return decode_frames(decoder, latents, self.options.tiles)
+            # Out here, what the failed attempt held has been released.
             logger.warning(
                 "out of memory while decoding; trying again in small tiles (--sample_tiled_vae does so at once)"
             )
