@@ -7,16 +7,17 @@ from pathlib import Path
 
 from ltx2_tuner.training.options import LogOptions, SaveOptions, ValidationOptions
 from ltx2_tuner.training.saving import PRECISIONS
+from ltx2_tuner.training.upload import REPO_TYPES, UploadOptions
 
 DEFAULT_NAME = "ltx2_lora"
 _FLAG = {"action": "store_true"}
 _MODELSPEC = ("title", "author", "description", "license", "tags", "reso", "arch")
-_UPLOAD = (
-    "huggingface_repo_id",
+_NEEDS_REPOSITORY = (
     "huggingface_repo_type",
     "huggingface_path_in_repo",
-    "huggingface_token",
     "huggingface_repo_visibility",
+    "save_state_to_huggingface",
+    "async_upload",
 )
 
 
@@ -61,10 +62,15 @@ def add_logging_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--log_timestep_distribution_interval", type=int, default=100, help="steps between histograms; 0 is off"
     )
-    for name in _UPLOAD:
-        group.add_argument(f"--{name}", help="upload of checkpoints to the Hugging Face hub")
+    group.add_argument("--huggingface_repo_id", metavar="USER/NAME", help="upload saved adapters to this repository")
+    group.add_argument("--huggingface_repo_type", choices=REPO_TYPES, help="kind of the repository (model)")
+    group.add_argument("--huggingface_path_in_repo", metavar="FOLDER", help="folder of the files in the repository")
+    group.add_argument("--huggingface_token", help="access token; never logged or stored")
+    group.add_argument(
+        "--huggingface_repo_visibility", choices=("private", "public"), help="of a repository made here (private)"
+    )
     group.add_argument("--save_state_to_huggingface", **_FLAG, help="upload states too")
-    group.add_argument("--resume_from_huggingface", **_FLAG, help="--resume names a repository")
+    group.add_argument("--resume_from_huggingface", **_FLAG, help="--resume is user/repository/path[:revision[:type]]")
     group.add_argument("--async_upload", **_FLAG, help="upload beside training")
 
 
@@ -94,6 +100,15 @@ def check_output(args: argparse.Namespace) -> list[str]:
                 errors.append(f"--{name} needs --save_every_n_{unit}")
     if args.log_with in ("tensorboard", "all") and not args.logging_dir:
         errors.append(f"--log_with {args.log_with} needs --logging_dir")
+    errors += [
+        f"--{name} needs --huggingface_repo_id"
+        for name in _NEEDS_REPOSITORY
+        if getattr(args, name) and not args.huggingface_repo_id
+    ]
+    if args.save_state_to_huggingface and not (args.save_state or args.save_state_on_train_end):
+        errors.append("--save_state_to_huggingface needs --save_state or --save_state_on_train_end")
+    if args.resume_from_huggingface and not args.resume:
+        errors.append("--resume_from_huggingface needs --resume user/repository/path")
     if args.log_timestep_distribution_interval < 0:
         errors.append("--log_timestep_distribution_interval must be at least 0")
     return errors
@@ -150,6 +165,21 @@ def log_options(args: argparse.Namespace) -> LogOptions:
         tracker_config=None if args.log_tracker_config is None else Path(args.log_tracker_config),
         wandb_run_name=args.wandb_run_name,
         histogram_interval=args.log_timestep_distribution_interval,
+    )
+
+
+def upload_options(args: argparse.Namespace) -> UploadOptions | None:
+    """Where saved files are uploaded, None for nowhere."""
+    if not args.huggingface_repo_id:
+        return None
+    return UploadOptions(
+        args.huggingface_repo_id,
+        kind=args.huggingface_repo_type or "model",
+        folder=args.huggingface_path_in_repo or "",
+        token=args.huggingface_token,
+        public=args.huggingface_repo_visibility == "public",
+        states=args.save_state_to_huggingface,
+        beside=args.async_upload,
     )
 
 

@@ -30,14 +30,6 @@ from ltx2_tuner.training.sliders import SliderConfig, slider_data
 
 logger = logging.getLogger(__name__)
 
-# Flags of the documented set whose feature this version does not have: said plainly, never silently ignored.
-UNAVAILABLE = (
-    "huggingface_repo_id",
-    "resume_from_huggingface",
-    "save_state_to_huggingface",
-    "async_upload",
-)
-
 
 def training_config(
     args: argparse.Namespace, mixed_precision: str, slider: SliderConfig | None = None
@@ -51,7 +43,7 @@ def training_config(
     Raises:
         UserError: every mistake of the flags in one message; or those of the dataset file.
     """
-    errors = [f"--{name} is not available in this version yet; drop it" for name in UNAVAILABLE if getattr(args, name)]
+    errors: list[str] = []
     if args.caption_dropout_rate and args.caption_dropout_mode == "empty":
         errors.append("--caption_dropout_mode empty is not available in this version yet; use zero")
     errors += training.check_training(args, needs_data=slider is None)
@@ -132,9 +124,10 @@ def training_config(
         samples=SampleOptions(args.sample_at_first, args.sample_every_n_steps, args.sample_every_n_epochs),
         logs=output.log_options(args),
         metadata=MetadataOptions(args.training_comment, args.no_metadata, output.modelspec(args)),
-        resume=Path(args.resume).expanduser() if args.resume else None,
+        resume=Path(args.resume).expanduser() if args.resume and not args.resume_from_huggingface else None,
         autoresume=args.autoresume,
         slider=None if slider is None else slider.facts(),
+        upload=output.upload_options(args),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import logging
 import os
@@ -24,6 +25,7 @@ from ltx2_tuner.training.build import Processes, Sources, TrainingConfig, build,
 from ltx2_tuner.training.inspect import dataset_lines, preflight, show_timesteps
 from ltx2_tuner.training.logs import Trackers
 from ltx2_tuner.training.loop import Run, Trainer
+from ltx2_tuner.training.upload import download_state
 
 if TYPE_CHECKING:
     from ltx2_tuner.text_encoding import TextEncoder
@@ -55,6 +57,7 @@ def carry_out(
             print(line)
         return 0
     _prepare_output(args, config, processes)
+    config = _fetch_state(args, config, processes)
     previewer = make_previewer(args, config, sources, processes, encoder) if args.sample_prompts else None
     prompts = preservation_prompts(args, config, sources, processes)
     record = RunRecord(args, config, processes, command) if processes.is_main and not args.preflight_only else None
@@ -96,6 +99,19 @@ def _memory_advice(args: argparse.Namespace, device: torch.device) -> str:
         advice.append("--nf4_base")
     advice.append("a smaller resolution, batch_size or target_frames")
     return f"{device} ran out of memory; try, in this order: {', '.join(advice)}"
+
+
+def _fetch_state(args: argparse.Namespace, config: TrainingConfig, processes: Processes) -> TrainingConfig:
+    """With --resume_from_huggingface, the configuration that resumes from the downloaded state."""
+    if not (args.resume and args.resume_from_huggingface):
+        return config
+    target = config.save.output_dir / "from_huggingface"
+    if not processes.is_main:
+        processes.wait()  # the first process downloads, the others find it there
+    folder = download_state(args.resume, target, args.huggingface_token)
+    if processes.is_main:
+        processes.wait()
+    return dataclasses.replace(config, resume=folder)
 
 
 def command_words(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> list[str]:

@@ -53,6 +53,7 @@ from ltx2_tuner.training.schedulers import SchedulerOptions, create_scheduler
 from ltx2_tuner.training.silence import find_silence
 from ltx2_tuner.training.state import newest_state
 from ltx2_tuner.training.supervision import AudioMonitor, audio_plan
+from ltx2_tuner.training.upload import Uploader, UploadOptions
 from ltx2_tuner.training.validation import Validator
 from ltx2_tuner.training.window import Gradients, mean_over_ranks
 
@@ -112,6 +113,7 @@ class TrainingConfig:
     logs: LogOptions = field(default_factory=LogOptions)
     metadata: MetadataOptions = field(default_factory=MetadataOptions)
     slider: Mapping[str, object] | None = None
+    upload: UploadOptions | None = None
     resume: Path | None = None
     autoresume: bool = False
 
@@ -439,7 +441,15 @@ def _make_saver(
         "gradient_accumulation_steps": loop.accumulation,
         "optimizer": config.optimizer.type,
     }
-    return RunSaver(config.save, metadata.at, fingerprint, is_main=processes.is_main, wait=processes.wait, loftq=loftq)
+    return RunSaver(
+        config.save,
+        metadata.at,
+        fingerprint,
+        is_main=processes.is_main,
+        wait=processes.wait,
+        loftq=loftq,
+        uploader=Uploader(config.upload) if config.upload and processes.is_main else None,
+    )
 
 
 def _resume(config: TrainingConfig, trainer: Trainer) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +20,7 @@ from ltx2_tuner.training.pack import pack, unpack
 from ltx2_tuner.training.progress import progress_record
 from ltx2_tuner.training.random import default_generator_states, restore_default_generators
 from ltx2_tuner.training.saving import CheckpointWriter, Moment, check_finite, rotate_state, with_suffix
+from ltx2_tuner.training.upload import Uploader
 
 if TYPE_CHECKING:
     from ltx2_tuner.training.loop import Trainer
@@ -48,6 +49,7 @@ class RunSaver:
 
     metadata: makes the strings of a LoRA file from (step, epoch). fingerprint: what a resumed run must share.
     is_main: only the first process writes. wait: all processes meet here. loftq: what the adapters started from.
+    uploader: sends what is written to the hub.
     """
 
     options: SaveOptions
@@ -57,6 +59,7 @@ class RunSaver:
     wait: Callable[[], None] = lambda: None
     resumed_from: Path | None = None
     loftq: LoftQStart | None = None
+    uploader: Uploader | None = None
     _writer: CheckpointWriter = field(init=False)
 
     def __post_init__(self) -> None:
@@ -82,7 +85,8 @@ class RunSaver:
     def _save_adapter(self, moment: Moment, trainer: Trainer) -> None:
         tensors = trainer.run.network.state_dict()
         record = progress_record(trainer.progress, trainer.metrics, _learning_rate(trainer.run.optimizer))
-        self._writer.save(moment, tensors, self.metadata(moment.step, moment.epoch), record)
+        written = self._writer.save(moment, tensors, self.metadata(moment.step, moment.epoch), record)
+        self._upload(written, moment)
         trainer.run.regularizers.write_files(self.options.output_dir)
         if moment.kind == "interrupt":
             name = moment.stem(self.options.output_name)
@@ -123,7 +127,14 @@ class RunSaver:
             epoch=progress.epoch,
             step_in_epoch=progress.step_in_epoch,
         )
+        if self.uploader is not None and self.uploader.options.states:
+            self._upload([folder], moment)
         rotate_state(moment, self.options, self.resumed_from)
+
+    def _upload(self, paths: Sequence[Path], moment: Moment) -> None:
+        if self.uploader is not None:
+            for path in paths:
+                self.uploader.send(path, last=moment.kind in ("final", "interrupt"))
 
     def resume(self, folder: Path, trainer: Trainer) -> None:
         """Put a run back where a state was saved.
