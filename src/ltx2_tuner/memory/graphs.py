@@ -119,7 +119,8 @@ class TrainingGraphs:
         self.anchor = torch.zeros((), requires_grad=True)  # what makes autograd call the backward pass
         self.unfinished: weakref.ref[_Pass] | None = None
         # Gradients of the pass replayed last, one flat tensor for all shapes.
-        flat = torch.zeros(sum(p.numel() for p in self.parameters), dtype=self.parameters[0].dtype, device="cuda")
+        first = self.parameters[0]
+        flat = torch.zeros(sum(p.numel() for p in self.parameters), dtype=first.dtype, device=first.device)
         pieces = flat.split([p.numel() for p in self.parameters])
         self.grads = {p: piece.view_as(p) for p, piece in zip(self.parameters, pieces)}
         model.forward = self

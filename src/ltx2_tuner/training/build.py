@@ -25,6 +25,7 @@ from ltx2_tuner.memory.options import CompileOptions, MemoryOptions
 from ltx2_tuner.memory.prepare import block_placement, prepare_model
 from ltx2_tuner.models.transformer import TransformerConfig
 from ltx2_tuner.sampling.options import is_distilled
+from ltx2_tuner.training.acceleration import accelerate
 from ltx2_tuner.training.balance import AudioBalancer
 from ltx2_tuner.training.base_weights import merge_base_weights
 from ltx2_tuner.training.footprint import plan_memory
@@ -58,6 +59,7 @@ from ltx2_tuner.training.validation import Validator
 from ltx2_tuner.training.window import Gradients, mean_over_ranks
 
 logger = logging.getLogger(__name__)
+_MIXED_PRECISION = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -228,7 +230,10 @@ def build(
     )
     network.to(device, config.adapter_dtype)
     loftq = _keep_start(config, base, network, processes)
-    logger.info("%s", prepare_model(model, config.memory, config.compilation, device))
+    plan = prepare_model(model, config.memory, config.compilation, device)
+    logger.info("%s", plan)
+    if device.type == "cuda":
+        accelerate(model, network, plan, _MIXED_PRECISION.get(config.mixed_precision, config.dtype))
     data = sources.training.loader(
         rank=processes.rank,
         world_size=processes.count,
@@ -387,7 +392,7 @@ def _make_mode(config: TrainingConfig, sources: Sources, device: torch.device) -
 
 
 def _autocast(device: torch.device, mixed_precision: str) -> Callable[[], contextlib.AbstractContextManager]:
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(mixed_precision)
+    dtype = _MIXED_PRECISION.get(mixed_precision)
     if dtype is None:
         return contextlib.nullcontext
     return lambda: torch.autocast(device.type, dtype)
