@@ -172,3 +172,40 @@ def test_geometry_of_a_picture_that_is_not_there(world, flags, virtual, frames):
     placeholder = read_latents(path)
     assert placeholder.virtual == virtual
     assert placeholder.metadata["frame_count"] == str(frames)
+
+
+def test_sound_files_instead_of_the_clips_own_track(world):
+    """In the folder of the clips or another, the wanted extension first, else any, by the clip's stem in any case."""
+    for name in ("a", "b", "c"):
+        world.add_clip(f"{name}.mp4", 50, seconds=2.0)
+    for name, seconds, rate, codec in (
+        ("a.wav", 0.4, 16000, "pcm_s16le"),
+        ("a.flac", 0.8, 44100, "flac"),
+        ("B.wav", 1.2, 8000, "pcm_s16le"),
+    ):
+        make_sound(world.clips / name, tone(rate, seconds, 1), rate, codec, "mono")
+    world.configure(target_frames=[49])
+    assert world.run("--ltx2_audio_source", "audio_files", "--ltx2_audio_ext", ".flac", mode="av") == 0
+    assert lengths(world) == {"a": 21, "b": 31}
+    world.run("--ltx2_audio_source", "audio_files", mode="av")
+    assert lengths(world) == {"a": 11, "b": 31}
+    other = world.folder / "other sounds"
+    other.mkdir()
+    make_sound(other / "c.flac", tone(44100, 0.8, 1), 44100, "flac", "mono")
+    world.run("--ltx2_audio_source", "audio_files", "--ltx2_audio_dir", other, mode="av")
+    assert set(lengths(world)) == {"c"}
+
+
+def test_a_list_names_the_sound_of_a_clip(world):
+    world.add_clip("a.mp4", 50, seconds=2.0)
+    sound = make_sound(world.folder / "elsewhere.wav", tone(16000, 0.8, 1), 16000, "pcm_s16le", "mono")
+    listed = world.folder / "list.jsonl"
+    record = {"video_path": str(world.clips / "a.mp4"), "caption": "x", "audio_path": str(sound)}
+    listed.write_text(json.dumps(record), encoding="utf-8")
+    world.config.write_text(
+        f"[[datasets]]\nresolution = [96, 64]\nvideo_jsonl_file = '{listed}'\ncache_directory = '{world.cache}'\n"
+        "target_frames = [49]\n",
+        encoding="utf-8",
+    )
+    assert world.run(mode="av") == 0
+    assert lengths(world) == {"a": 21}

@@ -334,3 +334,26 @@ def test_no_stacked_tensor_of_unequal_size(cached):
             text = batch["conditions"]
             assert text["audio_prompt_embeds"].shape[:2] == text["video_prompt_embeds"].shape[:2]
             assert torch.isfinite(batch["latents"]["latents"].float()).all()
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--ltx2_mode", "video", "--independent_audio_timestep"], "--independent_audio_timestep needs"),
+        (["--ltx2_mode", "video", "--audio_supervision_mode", "warn"], "--audio_supervision_mode needs"),
+        (["--audio_supervision_check_interval", 0], "--audio_supervision_check_interval"),
+        (["--audio_supervision_min_ratio", 1.5], "--audio_supervision_min_ratio"),
+        (["--audio_silence_regularizer_weight", -1], "--audio_silence_regularizer_weight must be ≥ 0"),
+        (["--audio_loss_balance_mode", "inv_freq", "--audio_loss_balance_beta", 0], "--audio_loss_balance_beta"),
+        (["--audio_loss_balance_mode", "inv_freq", "--audio_loss_balance_ema_init", 2], "ema_init"),
+        (["--audio_loss_balance_mode", "inv_freq", "--audio_loss_balance_eps", 0], "--audio_loss_balance_eps"),
+        (["--audio_loss_balance_mode", "ema_mag", "--audio_loss_balance_ema_decay", 1], "ema_decay"),
+        (["--audio_loss_balance_mode", "ema_mag", "--audio_loss_balance_target_ratio", -1], "target_ratio"),
+        (["--audio_loss_balance_mode", "ema_mag", "--audio_loss_balance_min", 5], "--audio_loss_balance_m"),
+        (["--audio_batch_probability", 1.2], "--audio_batch_probability"),
+        (["--audio_bucket_interval", 0], "--audio_bucket_interval must be above 0"),
+    ],
+)
+def test_values_out_of_range(cached, capsys, flags, expected):
+    assert ltx2_train_network.main(cached.arguments("--ltx2_mode", "av", *flags)) == 1
+    assert expected in capsys.readouterr().err

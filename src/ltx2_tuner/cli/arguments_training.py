@@ -242,8 +242,10 @@ def _check_sound(args: argparse.Namespace) -> list[str]:
         errors.append("--independent_audio_timestep needs --ltx2_mode av")
     if args.audio_dop and args.audio_silence_regularizer:
         errors.append("--audio_dop and --audio_silence_regularizer exclude each other; drop one")
-    if args.audio_supervision_warmup_steps < 0 or args.audio_supervision_check_interval < 1:
-        errors.append("--audio_supervision_warmup_steps must be at least 0 and ..._check_interval at least 1")
+    for name, least in (("warmup_steps", 0), ("check_interval", 1)):
+        value = getattr(args, f"audio_supervision_{name}")
+        if value < least:
+            errors.append(f"--audio_supervision_{name} must be at least {least} (got {value})")
     quota = args.min_audio_batches_per_accum
     if quota and args.audio_batch_probability is not None:
         errors.append("--min_audio_batches_per_accum and --audio_batch_probability exclude each other; drop one")
