@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 Streams = tuple[Modality | None, Modality | None]
 Velocities = tuple[Tensor | None, Tensor | None]
+MEMORY = 1.25  # times what a pass needs has to be free: what a recording holds, validation and previews cannot use
 WARM_UP = 2  # passes of a shape before it is recorded: compilation and library set-up cannot be
 
 
@@ -169,6 +170,10 @@ class TrainingGraphs:
         gc.collect()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # the passes run so far hold memory of their own that the recording will need
+        if torch.cuda.mem_get_info()[0] < MEMORY * (torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()):
+            logger.info("training runs without CUDA graphs: the memory of a recorded pass would be missing elsewhere")
+            self.pool = None
+            return False
         try:
             with self.leaves() as leaves:
                 self.recordings[key] = self._recorded(streams, leaves)
