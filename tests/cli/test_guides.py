@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 GUIDES = sorted(path for path in (ROOT / "docs").glob("*.md"))
 SCRIPTS = sorted(path.stem for path in ROOT.glob("ltx2_*.py"))
 # Flags of other programs that the guides call.
-FOREIGN = {"--mixed_precision", "--num_processes", "--clip", "--output", "--oracle", "--help", "--version"}
+FOREIGN = {"--mixed_precision", "--num_processes", "--help", "--version"}
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +23,8 @@ def known() -> set[str]:
     for script in SCRIPTS:
         module = importlib.import_module(f"ltx2_tuner.cli.{script}")
         flags |= set(module.build_parser()._option_string_actions)
+    for program in [*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "scripts").glob("*.py")]:
+        flags |= set(re.findall(r'"(--[a-z][a-z_-]*)"', program.read_text(encoding="utf-8")))
     return flags
 
 

@@ -158,6 +158,9 @@ def test_the_plan_and_the_share_of_sound_are_told(cached, caplog):
     assert re.search(r"sound is trained in [45] of 7 batches", caplog.text)
     assert re.search(r"audio plan: sound in \d+ % of the batches, the others train the picture alone", caplog.text)
     assert "--audio_silence_regularizer" in caplog.text
+    with caplog.at_level("INFO"):
+        make_trainer(cached.arguments("--ltx2_mode", "av", "--audio_dop", "--audio_loss_balance_mode", "inv_freq"))
+    assert "the others train the plain model's sound (--audio_dop), audio weight by inv_freq" in caplog.text
 
 
 def test_every_window_has_its_sound_and_tells_its_loss(cached):
@@ -272,7 +275,7 @@ def test_the_audio_preset_and_its_own_noise_level(cached, caplog):
     recorder, trainer = run(cached, *flags, steps=BATCHES)
     names = [name for name, _ in trainer.run.network.named_parameters()]
     assert names and all("audio_attn" in name or "audio_ff" in name for name in names)
-    assert "reached no adapter" in caplog.text
+    assert "reaches no adapter" in caplog.text
     assert all(step["grad_norm/total"] > 0 for step in recorder.steps if "loss/audio" in step)
     levels = trainer._used_sigmas
     assert levels["timestep/used_values_audio"] and not set(levels["timestep/used_values_audio"]) & set(

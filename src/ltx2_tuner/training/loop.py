@@ -193,8 +193,8 @@ class Trainer:
         if not loss.requires_grad:
             if not self._told_idle:
                 logger.warning(
-                    "a batch reached no adapter and trains nothing (a preset of sound layers and no sound?); "
-                    "further ones are not mentioned"
+                    "the loss of a batch reaches no adapter and trains nothing (a preset of sound layers and no "
+                    "sound?); further ones are not mentioned"
                 )
             self._told_idle = True
             return
