@@ -128,6 +128,9 @@ class Recorder:
     def histogram(self, name: str, values: Sequence[float], step: int) -> None:
         self.steps.append({"step": step, name: len(values)})
 
+    def sample(self, index: int, paths: Sequence[Path], step: int) -> None:
+        self.steps.append({"step": step, f"sample_{index}": len(paths)})
+
     def values(self, name: str) -> list[float]:
         """What was logged under a name, in order."""
         return [metrics[name] for metrics in self.steps if name in metrics]

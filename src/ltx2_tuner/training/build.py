@@ -298,6 +298,7 @@ def build(
         ),
         log=trackers.log,
         histogram=trackers.histogram,
+        show_sample=trackers.sample,
         histogram_interval=config.logs.histogram_interval if config.logs.trackers else 0,
         validation=config.validation,
         validator=validator,

@@ -7,8 +7,12 @@ import os
 import time
 import tomllib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from ltx2_tuner.errors import UserError
+from ltx2_tuner.media.audio import read_audio
+from ltx2_tuner.media.images import read_image
+from ltx2_tuner.media.video import count_frames, read_frames
 from ltx2_tuner.training.options import LogOptions
 from ltx2_tuner.training.run_log import RunLog
 
@@ -66,11 +70,36 @@ class Trackers:
 
             self._wandb.log({name: wandb.Histogram(list(values))}, step=step)
 
+    def sample(self, index: int, paths: Sequence[Path], step: int) -> None:
+        """Show the files of a sample: pictures and clips (TensorBoard: their middle frame) and sound."""
+        if self._board is not None:
+            _show_on_board(self._board, f"sample_{index}", paths, step)
+        if self._wandb is not None:
+            import wandb
+
+            kinds = {".mp4": wandb.Video, ".png": wandb.Image, ".wav": wandb.Audio}
+            for path in paths:
+                name = f"sample_{index}" + ("_audio" if path.suffix == ".wav" else "")
+                self._wandb.log({name: kinds[path.suffix](os.fspath(path))}, step=step)
+
     def close(self) -> None:
         if self._board is not None:
             self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def _show_on_board(board, name: str, paths: Sequence[Path], step: int) -> None:
+    """The middle frame of the picture and the sound; a merged clip repeats both and is left out."""
+    for path in paths:
+        if path.suffix == ".wav":
+            samples, rate = read_audio(path)
+            board.add_audio(name, samples.mean(axis=0, keepdims=True), step, sample_rate=rate)
+        elif path.suffix == ".png":
+            board.add_image(name, read_image(path), step, dataformats="HWC")
+        elif not path.stem.endswith("_av"):
+            middle = count_frames(path).frames // 2
+            board.add_image(name, read_frames(path, [middle])[0], step, dataformats="HWC")
 
 
 def _open_board(options: LogOptions):

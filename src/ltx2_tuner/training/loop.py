@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -19,6 +20,7 @@ from torch import nn
 from ltx2_tuner.training.balance import AudioBalancer
 from ltx2_tuner.training.draws import Draws, TrainingDraws
 from ltx2_tuner.training.guard import NonFiniteGuard
+from ltx2_tuner.training.health import AdapterHealth
 from ltx2_tuner.training.modes import Mode, Prepared
 from ltx2_tuner.training.objective import LossTerms, task_loss
 from ltx2_tuner.training.options import DrawOptions, LoopOptions, LossOptions, SampleOptions, ValidationOptions
@@ -49,7 +51,14 @@ class BatchSource(Protocol):
 class Sampler(Protocol):
     """Makes previews (sampling.preview.Previewer)."""
 
-    def sample(self, transformer: nn.Module, *, step: int, epoch: int | None) -> object: ...
+    def sample(
+        self,
+        transformer: nn.Module,
+        *,
+        step: int,
+        epoch: int | None,
+        on_sample: Callable[[int, Sequence[Path], object], None],
+    ) -> object: ...
 
 
 @dataclass
@@ -76,6 +85,7 @@ class Run:
     saver: RunSaver
     log: Callable[[dict[str, float], int], None]
     histogram: Callable[[str, Sequence[float], int], None]
+    show_sample: Callable[[int, Sequence[Path], int], None]
     histogram_interval: int
     validation: ValidationOptions
     validator: Validator | None
@@ -95,6 +105,8 @@ class Trainer:
         self.metrics: dict[str, float] = {}
         self._used_sigmas: dict[str, list[float]] = {}
         self._told_idle = False
+        self._health = AdapterHealth()
+        self._recent: dict | None = None  # the batch trained on last
         self.steps_per_epoch = math.ceil(len(run.data) / run.loop.accumulation)
         self.max_steps = run.loop.max_steps
         self.epochs = math.ceil(self.max_steps / self.steps_per_epoch)
@@ -173,6 +185,7 @@ class Trainer:
     def _learn(self, batch: dict, draws: Draws) -> tuple[Prepared, LossTerms]:
         """Forward and backward; what the batch became, and its losses."""
         run = self.run
+        self._recent = batch
         work = run.regularizers.start(run.mode.prepare(batch, draws), batch, draws, self.progress.step)
         prepared = work.prepared
         if run.monitor is not None:
@@ -302,7 +315,17 @@ class Trainer:
 
     def _save(self, moment: Moment) -> None:
         with self._evaluation():
+            if moment.kind != "interrupt" and self.run.rank == 0:
+                self._check_health()
             self.run.saver.save(moment, self)
+
+    def _check_health(self) -> None:
+        run, prepared = self.run, None
+        if self._recent is not None:
+            draws = TrainingDraws(DrawKey(run.loop.seed, run.rank, 0), run.draws.sampler, run.device)
+            prepared = run.mode.prepare(self._recent, draws)
+        with run.autocast():
+            self._health.check(run.network, run.model, prepared)
 
     def _validate(self) -> None:
         if self.run.validator is None:
@@ -314,7 +337,12 @@ class Trainer:
         if self.run.sampler is None:
             return
         with self._evaluation(), torch.no_grad():
-            self.run.sampler.sample(self.run.model, step=self.progress.step, epoch=epoch)
+            step = self.progress.step
+
+            def show(index: int, paths: Sequence[Path], sample: object) -> None:
+                self.run.show_sample(index, paths, step)
+
+            self.run.sampler.sample(self.run.model, step=step, epoch=epoch, on_sample=show)
 
     @contextlib.contextmanager
     def _evaluation(self) -> Iterator[None]:

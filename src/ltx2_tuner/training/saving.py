@@ -97,6 +97,7 @@ class CheckpointWriter:
             return None
 
     def _write(self, path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> Path:
+        check_finite(tensors, f"{path.name} in --save_precision {self.options.precision}")
         files.write_safetensors(path, tensors, {**metadata, **model_hashes(tensors, metadata)})
         return path
 
