@@ -55,7 +55,6 @@ def run(tmp_path):
         log.log(metrics, step)
         if step % 5 == 0:
             log.log({"val_loss": 0.5}, step)
-    log.close()
     samples = tmp_path / "sample"
     frames = np.zeros((9, 32, 32, 3), dtype=np.uint8)
     sound = np.zeros((2, 3200), dtype=np.float32)

@@ -9,19 +9,17 @@ def write(path, steps, **columns):
     log = RunLog(path)
     for step in steps:
         log.log({"loss/current": step / 8, **columns}, step)
-    log.close()
 
 
 def test_one_row_per_step(tmp_path):
     path = tmp_path / "run.log.csv"
     log = RunLog(path)
     log.log({"loss/current": 0.5, "lr/unet": 1e-4}, 1)
-    assert not read_log(path), "a row is written when its step is over"
+    assert [row["step"] for row in read_log(path)] == [1], "a row is there at once"
     log.log({"loss/current": 0.25, "lr/unet": 1e-4}, 2)
     log.log({"val_loss": 2.0}, 2)
     log.log({"loss/epoch": 0.375}, 2)
     log.log({"loss/current": 0.125, "lr/unet": 1e-4}, 3)
-    log.close()
     assert path.read_text(encoding="utf-8").splitlines()[0] == "step,time,loss/current,lr/unet,val_loss,loss/epoch"
     rows = [{name: value for name, value in row.items() if name != "time"} for row in read_log(path)]
     assert rows == [
@@ -39,7 +37,7 @@ def test_a_resumed_run_goes_on_in_the_file(tmp_path):
     write(path, range(5, 7), grad=2.0)
     rows = read_log(path)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
-    assert "grad" not in rows[3] and "val_loss" not in rows[4] and rows[5]["grad"] == 2.0
+    assert "grad" not in rows[3] and "val_loss" not in rows[5] and rows[5]["grad"] == 2.0
 
 
 def test_a_new_run_starts_afresh(tmp_path):
@@ -50,7 +48,7 @@ def test_a_new_run_starts_afresh(tmp_path):
 
 
 def test_nothing_logged_leaves_no_file(tmp_path):
-    RunLog(tmp_path / "run.log.csv").close()
+    RunLog(tmp_path / "run.log.csv")
     assert not list(tmp_path.iterdir())
 
 
@@ -58,6 +56,13 @@ def test_infinite_numbers_are_kept_as_such(tmp_path):
     path = tmp_path / "run.log.csv"
     log = RunLog(path)
     log.log({"loss/current": float("nan"), "grad_norm/total": float("inf")}, 1)
-    log.close()
     (row,) = read_log(path)
     assert row["loss/current"] != row["loss/current"] and row["grad_norm/total"] == float("inf")
+
+
+def test_a_resumed_run_may_end_the_epoch_of_its_last_step(tmp_path):
+    path = tmp_path / "run.log.csv"
+    write(path, range(1, 4), grad=1.0)
+    RunLog(path).log({"loss/epoch": 0.5}, 3)
+    last = {name: value for name, value in read_log(path)[-1].items() if name != "time"}
+    assert last == {"step": 3, "loss/current": 3 / 8, "grad": 1.0, "loss/epoch": 0.5}

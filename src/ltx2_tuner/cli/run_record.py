@@ -42,9 +42,8 @@ class RunRecord:
         return save.output_dir / f"{save.output_name}{suffix}"
 
     def close(self) -> None:
-        """End the log and write the page; a page that fails to be written is no reason to fail a run."""
+        """Write the page; one that fails to be written is no reason to fail a run."""
         try:
-            self.log.close()
             if self.log.has_rows and not self._args.no_report:
                 self._report()
         except Exception:

@@ -46,6 +46,7 @@ from ltx2_tuner.training.options import (
     SaveOptions,
     ValidationOptions,
 )
+from ltx2_tuner.training.random import seed_default_generators
 from ltx2_tuner.training.regularizers import RegularizerOptions
 from ltx2_tuner.training.regularizers.build import Setting, check_regularizers, make_regularizers
 from ltx2_tuner.training.regularizers.prompts import PreservationPrompts
@@ -216,6 +217,7 @@ def build(
         prompts: embeddings of the preservation prompts, where the regularizers need any.
     """
     device = processes.device
+    seed_default_generators(config.loop.seed, processes.rank)
     config = replace(config, precision=_settle_precision(config, sources.checkpoint, device))
     config = replace(config, memory=plan_memory(config, sources, device))
     base = _load_model(config, sources, device)

@@ -46,6 +46,13 @@ class DrawKey:
         torch.manual_seed(derive_seed(self.seed, "dropout", self.rank, self.index))
 
 
+def seed_default_generators(seed: int, rank: int) -> None:
+    """Start torch's, numpy's and Python's default generators from the run's seed, for third-party layers."""
+    torch.manual_seed(derive_seed(seed, "init", rank, name="torch"))
+    np.random.seed(derive_seed(seed, "init", rank, name="numpy") % 2**32)
+    random.seed(derive_seed(seed, "init", rank, name="python"))
+
+
 def default_generator_states() -> dict[str, torch.Tensor]:
     """States of torch's, numpy's and Python's default generators as plain tensors, for the saved state."""
     states = {"torch": torch.get_rng_state()}

@@ -14,16 +14,17 @@ _FIXED = ("step", "time")
 
 
 class RunLog:
-    """Appends a row when its step is over. A resumed run goes on in the file, from the step it resumed at.
+    """Adds a row per step. A resumed run goes on in the file, from the step it resumed at.
 
-    Rows of a step that are logged apart (validation, the end of an epoch) are one row. A name that appears for the
-    first time becomes a new last column.
+    Numbers of one step that are logged apart (validation, the end of an epoch) are one row, which is on disk from the
+    first of them on. A name that appears for the first time becomes a new last column.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._columns: list[str] = list(_FIXED)
         self._row: dict[str, object] = {}
+        self._row_start = 0  # bytes before the last row
         self._started = False
 
     @property
@@ -35,38 +36,33 @@ class RunLog:
         """Add numbers to the row of a step."""
         if not self._started:
             self._start(step)
-        if self._row and self._row["step"] != step:
-            self._append()
-        if not self._row:
+        if self._row.get("step") != step:
             self._row = {"step": step, "time": datetime.datetime.now().isoformat(timespec="seconds")}
+            self._row_start = self.path.stat().st_size
         self._row.update(metrics)
-
-    def close(self) -> None:
-        """Write the row of the last step."""
-        if self._row:
-            self._append()
+        new = [name for name in metrics if name not in self._columns]
+        if new:
+            earlier = [row for row in read_log(self.path) if row["step"] < step]
+            self._columns += new
+            self._rewrite(earlier)
+        with open(self.path, "r+b") as file:
+            file.seek(self._row_start)
+            file.write(self._lines([self._row]).encode())
+            file.truncate()
 
     def _start(self, step: int) -> None:
         """Keep what an earlier part of this run wrote; a first step starts afresh."""
         self._started = True
-        rows = [row for row in read_log(self.path) if row["step"] < step] if step > 1 else []
+        rows = [row for row in read_log(self.path) if row["step"] <= step] if step > 1 else []
         for row in rows:
             self._columns += [name for name in row if name not in self._columns]
+        self._row = rows.pop() if rows and rows[-1]["step"] == step else {}
         self._rewrite(rows)
 
-    def _append(self) -> None:
-        row, self._row = self._row, {}
-        new = [name for name in row if name not in self._columns]
-        if new:
-            rows = read_log(self.path)
-            self._columns += new
-            self._rewrite([*rows, row])
-            return
-        with open(self.path, "a", encoding="utf-8", newline="") as file:
-            file.write(self._lines([row]))
-
     def _rewrite(self, rows: Iterable[Mapping[str, object]]) -> None:
-        files.write_text(self.path, ",".join(self._columns) + "\n" + self._lines(rows))
+        text = ",".join(self._columns) + "\n" + self._lines(rows)
+        files.write_text(self.path, text)
+        self._row_start = len(text.encode())
 
     def _lines(self, rows: Iterable[Mapping[str, object]]) -> str:
         text = io.StringIO()

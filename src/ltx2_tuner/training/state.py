@@ -7,6 +7,7 @@ comes last, and then the folder is renamed. A folder without a complete manifest
 from __future__ import annotations
 
 import datetime
+import glob
 import hashlib
 import json
 import logging
@@ -141,6 +142,21 @@ def newest_state(output_dir: Path, output_name: str) -> Path | None:
         if best is None or rank > best:
             best, chosen = rank, folder
     return chosen
+
+
+def remove_leftovers(output_dir: Path, output_name: str) -> None:
+    """Delete what a killed run of this name had half written or half removed."""
+    for path in output_dir.glob(f".{glob.escape(output_name)}*"):
+        name, _, ending = path.name[1:].rpartition(".")
+        if ending == "tmp":
+            name = name.rpartition(".")[0]  # the number of the process
+        if ending not in ("tmp", "removed"):
+            continue
+        if path.is_dir() and belongs_to(name, output_name):
+            shutil.rmtree(path, ignore_errors=True)
+        stem = name.partition(".safetensors")[0].removesuffix(".comfy")
+        if path.is_file() and belongs_to(f"{stem}-state", output_name):
+            path.unlink(missing_ok=True)
 
 
 def belongs_to(folder_name: str, output_name: str) -> bool:
