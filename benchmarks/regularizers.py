@@ -1,0 +1,148 @@
+"""Seconds and memory of one training step at full size with each regularizer, random weights made on the device.
+
+One JSON line a regularizer: the median of 3 steps after 1 (2 where blocks are compiled). A step is everything that the
+training loop does with a batch: draws, passes, losses, backward, clipping, AdamW.
+
+python benchmarks/regularizers.py --precision fp8 --blocks_to_swap 40 --recompute full
+python benchmarks/regularizers.py --layers 4 --width_divisor 32 --size 64 64 --frames 17 --device cpu   # a small one
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import torch
+import train_step
+
+from ltx2_tuner.memory.options import CompileOptions, MemoryOptions
+from ltx2_tuner.memory.prepare import prepare_model
+from ltx2_tuner.models.transformer.tokens import audio_latent_length
+from ltx2_tuner.training.draws import TrainingDraws
+from ltx2_tuner.training.modes import MODES, Compute, ModeOptions
+from ltx2_tuner.training.objective import task_loss
+from ltx2_tuner.training.options import LossOptions
+from ltx2_tuner.training.random import DrawKey
+from ltx2_tuner.training.regularizers import CrepaOptions, PreservationOptions, RegularizerOptions, SelfFlowOptions
+from ltx2_tuner.training.regularizers.build import Setting, make_regularizers
+from ltx2_tuner.training.regularizers.prompts import PreservationPrompts, Prompt
+from ltx2_tuner.training.sigmas import SigmaSampler
+
+MEASURED = 3
+
+
+def choices(depth: int) -> dict[str, RegularizerOptions]:
+    """What is measured, by name."""
+    crepa = CrepaOptions(student_block_idx=depth // 3, teacher_block_idx=2 * depth // 3)
+    self_flow = SelfFlowOptions(student_block_ratio=0.3, teacher_block_ratio=0.7)
+    return {
+        "none": RegularizerOptions(),
+        "dop": RegularizerOptions(PreservationOptions(dop=1.0)),
+        "prior_divergence": RegularizerOptions(PreservationOptions(prior_divergence=0.1)),
+        "audio_dop": RegularizerOptions(PreservationOptions(audio_dop=0.5)),
+        "crepa": RegularizerOptions(crepa=crepa),
+        "crepa dop": RegularizerOptions(PreservationOptions(dop=1.0), crepa=crepa),
+        "self_flow": RegularizerOptions(self_flow=self_flow),
+    }
+
+
+class Bench:
+    """A model with its network, and random batches for it."""
+
+    def __init__(self, args, device: torch.device) -> None:
+        self.args, self.device = args, device
+        self.model, self.network = train_step.build(args, device)
+        memory = MemoryOptions(blocks_to_swap=args.blocks_to_swap, checkpointing=args.recompute == "full")
+        self.plan = prepare_model(self.model, memory, CompileOptions(enabled=args.compile), device)
+        self.grid = ((args.frames - 1) // 8 + 1, args.size[0] // 32, args.size[1] // 32)
+        self.autocast = (
+            contextlib.nullcontext if device.type == "cpu" else lambda: torch.autocast(device.type, torch.bfloat16)
+        )
+
+    def batch(self, sound: bool) -> dict:
+        """One random item."""
+        config = self.model.config
+        text = {f"{name}_prompt_embeds": self._text(name)[None] for name in ("video", "audio")}
+        mask = torch.ones(1, train_step.TEXT_TOKENS, dtype=torch.int64)
+        batch = {
+            "latents": {"latents": torch.randn(1, config.in_channels, *self.grid)},
+            "conditions": {**text, "prompt_attention_mask": mask},
+            "item_keys": ["random"],
+        }
+        if sound:
+            steps = audio_latent_length(self.args.frames / train_step.FPS)
+            batch["audio_latents"] = {"latents": torch.randn(1, config.audio_in_channels // 16, steps, 16)}
+            batch["audio_lengths"] = torch.tensor([steps], dtype=torch.int32)
+        return batch
+
+    def _text(self, stream: str) -> torch.Tensor:
+        return torch.randn(train_step.TEXT_TOKENS, self.model.config.context_width(stream), dtype=torch.bfloat16)
+
+    def measure(self, options: RegularizerOptions, mode: str, sound: bool) -> tuple[float, float | None]:
+        """Median seconds of a step, and peak GiB."""
+        mode = MODES[mode, "none"](ModeOptions(), Compute(self.device, torch.bfloat16))
+        prompt = Prompt(self._text("video"), self._text("audio"), torch.ones(train_step.TEXT_TOKENS))
+        with tempfile.TemporaryDirectory() as folder:
+            setting = Setting(
+                self.model, self.network, mode, self.device, self.autocast, 0, 100, 1e-4, Path(folder), Path(folder)
+            )
+            regularizers = make_regularizers(options, setting, PreservationPrompts(prompt, prompt))
+        parameters = list(self.network.parameters())
+        parameters += [p for extra in regularizers.trained() for p in extra.module.parameters()]
+        optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=self.device.type == "cuda")
+        batch = self.batch(sound)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        times = []
+        warm_up = 2 if self.plan.compiled else 1
+        for number in range(warm_up + MEASURED):
+            train_step._synchronize(self.device)
+            start = time.perf_counter()
+            draws = TrainingDraws(DrawKey(0, 0, number), SigmaSampler(mode="stretched"), self.device)
+            work = regularizers.start(mode.prepare(batch, draws), batch, draws, number + 1)
+            with self.autocast(), regularizers.watching(work):
+                video, audio = work.prepared.run(self.model)
+            terms = regularizers.add(work, task_loss(work.prepared, video, audio, LossOptions()), video, audio)
+            terms.total.backward()
+            regularizers.finish(work, torch.Tensor.backward)
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            train_step._synchronize(self.device)
+            if number >= warm_up:
+                times.append(time.perf_counter() - start)
+        peak = torch.cuda.max_memory_allocated(self.device) / 2**30 if self.device.type == "cuda" else None
+        return statistics.median(times), peak
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = train_step.parse_arguments(argv)
+    device = torch.device(args.device)
+    bench = Bench(args, device)
+    about = {"precision": args.precision, "blocks_to_swap": args.blocks_to_swap, "recompute": args.recompute}
+    about |= {"frames": args.frames, "size": list(args.size), "rank": args.rank, "compiled": bench.plan.compiled}
+    about["gpu"] = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    for name, options in choices(args.layers).items():
+        mode = "video" if options.self_flow is not None else args.mode
+        seconds, peak = bench.measure(options, mode, sound=mode == "av" and name != "audio_dop")
+        line = {"regularizers": name, "mode": mode, "sec": round(seconds, 4)}
+        line["peak_gib"] = None if peak is None else round(peak, 2)
+        print(json.dumps(line | about), flush=True)
+        if name == "none" and mode == "av" and not isinstance(options.self_flow, SelfFlowOptions):
+            for label, sound, kind in (("none, no sound", False, "av"), ("none, video", False, "video")):
+                seconds, peak = bench.measure(options, kind, sound)
+                line = {"regularizers": label, "mode": kind, "sec": round(seconds, 4)}
+                line["peak_gib"] = None if peak is None else round(peak, 2)
+                print(json.dumps(line | about), flush=True)
+
+
+if __name__ == "__main__":
+    main()
