@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from ltx2_tuner.data.config import load_dataset_config
+from ltx2_tuner.sampling.prompts import OPTIONS
 
 ROOT = Path(__file__).resolve().parents[2]
 GUIDES = sorted(path for path in (ROOT / "docs").glob("*.md"))
@@ -19,7 +20,7 @@ FOREIGN = {"--mixed_precision", "--num_processes", "--help", "--version"}
 
 @pytest.fixture(scope="module")
 def known() -> set[str]:
-    flags = set(FOREIGN)
+    flags = FOREIGN | {f"--{letters}" for letters in OPTIONS}
     for script in SCRIPTS:
         module = importlib.import_module(f"ltx2_tuner.cli.{script}")
         flags |= set(module.build_parser()._option_string_actions)

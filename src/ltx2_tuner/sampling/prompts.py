@@ -42,7 +42,7 @@ class SamplePrompt:
 
 
 # Option letters of a text line -> key of the TOML and JSON forms.
-_OPTIONS = {
+OPTIONS = {
     "w": "width",
     "h": "height",
     "f": "frame_count",
@@ -112,7 +112,7 @@ def parse_line(line: str, place: str = "prompt") -> SamplePrompt:
     for start, following in zip(starts, [*starts[1:], None]):
         letter = start.group(1).lower()
         segment = line[start.end() : following.start() if following else len(line)].strip()
-        key = _OPTIONS.get(letter)
+        key = OPTIONS.get(letter)
         if key is None:
             logger.warning("%s: unknown option --%s is ignored", place, letter)
             continue
