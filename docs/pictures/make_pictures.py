@@ -1,8 +1,8 @@
 """Makes the pictures of docs/ic-lora.md and docs/audio-reference.md: what goes in, and what the trained LoRA gives.
 
 A tiny random model is trained for one or two minutes on made items whose targets follow from their references, then
-samples from pure noise. Latents are drawn as they are: of pictures the first three channels as red, green and blue, of sound
-the 32 values of each step from top to bottom.
+samples from pure noise. Latents are drawn as they are: of pictures the first three channels as red, green and blue, of
+sound the 32 values of each step from top to bottom.
 
     python docs/pictures/make_pictures.py    (with the package installed, or PYTHONPATH=src:.)
 """
