@@ -224,6 +224,24 @@ def test_flags_without_effect_are_said(space, caplog, flags, expected):
     assert expected in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--flash_attn"], "the package flash_attn does not load"),
+        (["--resume", "."], "no complete state"),
+        (["--network_weights", "DAMAGED"], "DAMAGED"),
+        (["--base_weights", "DAMAGED"], "DAMAGED"),
+    ],
+)
+def test_what_cannot_be_used_is_found_before_weights_are_read(space, capsys, monkeypatch, flags, expected):
+    monkeypatch.setattr("ltx2_tuner.training.build._load_model", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    damaged = space.root / "damaged.safetensors"
+    damaged.write_bytes(b"not a tensor in it")
+    flags = [str(damaged) if flag == "DAMAGED" else flag for flag in flags]
+    assert expected.replace("DAMAGED", str(damaged)) in errors_of(capsys, *space.arguments(*flags))
+
+
 def test_unknown_flags_name_the_nearest(space, capsys):
     with pytest.raises(SystemExit) as stop:
         main(space.arguments("--max_train_stepz", 3))

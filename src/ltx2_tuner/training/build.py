@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ltx2_tuner.checkpoint import Checkpoint, check_version, component_id
+from ltx2_tuner.checkpoint import Checkpoint, SafetensorsFile, check_version, component_id
 from ltx2_tuner.checkpoint.base_model import BaseModel, load_base_model
 from ltx2_tuner.checkpoint.precision import PrecisionOptions, effective_format
 from ltx2_tuner.checkpoint.precision import check as check_precision
@@ -24,6 +24,7 @@ from ltx2_tuner.lora.options import NetworkOptions
 from ltx2_tuner.memory.options import CompileOptions, MemoryOptions
 from ltx2_tuner.memory.prepare import block_placement, prepare_model
 from ltx2_tuner.models.transformer import TransformerConfig
+from ltx2_tuner.models.transformer.attention_backends import attention_function, usable_backend
 from ltx2_tuner.sampling.options import is_distilled
 from ltx2_tuner.training.acceleration import accelerate
 from ltx2_tuner.training.balance import AudioBalancer
@@ -53,7 +54,7 @@ from ltx2_tuner.training.regularizers.prompts import PreservationPrompts
 from ltx2_tuner.training.saver import RunSaver
 from ltx2_tuner.training.schedulers import SchedulerOptions, create_scheduler
 from ltx2_tuner.training.silence import find_silence
-from ltx2_tuner.training.state import newest_state
+from ltx2_tuner.training.state import newest_state, read_manifest
 from ltx2_tuner.training.supervision import AudioMonitor, audio_plan
 from ltx2_tuner.training.upload import Uploader, UploadOptions
 from ltx2_tuner.training.validation import Validator
@@ -162,6 +163,7 @@ def open_checkpoint(config: TrainingConfig, processes: Processes) -> tuple[Check
     Raises:
         UserError: what does not fit, and the flag that mends it.
     """
+    _check_files(config)
     checkpoint = Checkpoint.open(config.checkpoint)
     version = check_version(checkpoint, config.version, config.version_check)
     logger.info("%s is an LTX-%s checkpoint", checkpoint.path.name, checkpoint.version)
@@ -184,6 +186,20 @@ def open_checkpoint(config: TrainingConfig, processes: Processes) -> tuple[Check
             f"got {swapped}"
         )
     return checkpoint, version, model
+
+
+def _check_files(config: TrainingConfig) -> None:
+    """What is cheap to find out now and would be a pity to find out after minutes of loading.
+
+    Raises:
+        UserError: the attention package, the state or a LoRA file cannot be used.
+    """
+    attention_function(config.memory.attention)
+    if config.resume is not None:
+        read_manifest(config.resume)
+    for path in (config.network.weights, *(path for path, _ in config.network.base_weights)):
+        if path is not None and path.suffix == ".safetensors":
+            SafetensorsFile(path).close()
 
 
 def expected_caches(checkpoint: Checkpoint, model: TransformerConfig, config: TrainingConfig) -> ExpectedCaches:
@@ -218,6 +234,8 @@ def build(
     """
     device = processes.device
     seed_default_generators(config.loop.seed, processes.rank)
+    attention = usable_backend(config.memory.attention, device)
+    config = replace(config, memory=replace(config.memory, attention=attention))
     config = replace(config, precision=_settle_precision(config, sources.checkpoint, device))
     config = replace(config, memory=plan_memory(config, sources, device))
     base = _load_model(config, sources, device)

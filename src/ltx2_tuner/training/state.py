@@ -116,7 +116,9 @@ def read_manifest(folder: Path) -> dict:
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{folder}: no {MANIFEST} in it, so no complete state; give another directory") from None
+        raise UserError(
+            f"--resume {folder}: no {MANIFEST} in it, so no complete state; give a ...-state directory"
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError):
         manifest = None
     if not isinstance(manifest, dict) or manifest.get("complete") is not True or "files" not in manifest:
