@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from ltx2_tuner.cli.parser import SCRIPTS
 from ltx2_tuner.data.config import load_dataset_config
 from ltx2_tuner.sampling.prompts import OPTIONS
 
 ROOT = Path(__file__).resolve().parents[2]
 GUIDES = sorted(path for path in (ROOT / "docs").glob("*.md"))
-SCRIPTS = sorted(path.stem for path in ROOT.glob("ltx2_*.py"))
 # Flags of other programs that the guides call.
 FOREIGN = {"--mixed_precision", "--num_processes", "--help", "--version"}
 

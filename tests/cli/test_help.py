@@ -86,7 +86,7 @@ def test_a_misspelt_flag_names_the_nearest(script, capsys):
         token
         for action in parser._actions
         if action.required
-        for token in (action.option_strings[0], next(iter(action.choices or "x")))
+        for token in (*action.option_strings[:1], next(iter(action.choices or "x")))
     ]
     error = answer(capsys, parser, *required, flag[:-1] + "qq")
     assert f"unknown flag {flag[:-1]}qq (did you mean {flag}?)" in error

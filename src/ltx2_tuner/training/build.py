@@ -54,7 +54,7 @@ from ltx2_tuner.training.regularizers.prompts import PreservationPrompts
 from ltx2_tuner.training.saver import RunSaver
 from ltx2_tuner.training.schedulers import SchedulerOptions, create_scheduler
 from ltx2_tuner.training.silence import find_silence
-from ltx2_tuner.training.state import newest_state, read_manifest
+from ltx2_tuner.training.state import newest_state, read_manifest, remove_leftovers
 from ltx2_tuner.training.supervision import AudioMonitor, audio_plan
 from ltx2_tuner.training.upload import Uploader, UploadOptions
 from ltx2_tuner.training.validation import Validator
@@ -493,3 +493,5 @@ def _resume(config: TrainingConfig, trainer: Trainer) -> None:
             logger.info("--autoresume: no state of %s yet, starting from scratch", config.save.output_name)
     if folder is not None:
         trainer.run.saver.resume(folder, trainer)
+    if trainer.run.saver.is_main and (folder is not None or config.autoresume):
+        remove_leftovers(config.save.output_dir, config.save.output_name)

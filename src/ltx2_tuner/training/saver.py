@@ -163,8 +163,6 @@ class RunSaver:
         trainer.average.load_state(state.metadata)
         restore_default_generators(state.tensors["random"])
         self.resumed_from = folder
-        if self.is_main:
-            states.remove_leftovers(self.options.output_dir, self.options.output_name)
         logger.info("resumed from %s at step %d", folder, trainer.progress.step)
 
     def _compare(self, folder: Path, saved: Mapping[str, object]) -> None:
