@@ -26,7 +26,7 @@ from ltx2_tuner.lora import LoRANetwork, load_lora, table_of
 from ltx2_tuner.lora.targets import compile_patterns, takes
 from ltx2_tuner.memory.options import MemoryOptions
 from ltx2_tuner.memory.planner import Footprint, settle
-from ltx2_tuner.memory.prepare import block_placement, prepare_model
+from ltx2_tuner.memory.prepare import block_placement, check_streamed, prepare_model
 from ltx2_tuner.memory.sizes import weight_sizes
 from ltx2_tuner.models.transformer import LTXTransformer, TransformerConfig
 
@@ -94,6 +94,7 @@ def load_model(
     device_memory = torch.cuda.get_device_properties(device).total_memory if on_cuda else None
     check_precision(checkpoint, precision, device_memory=device_memory)
     config = TransformerConfig.from_dict(checkpoint.config["transformer"])
+    check_streamed(config.num_layers, args.blocks_to_swap)
     memory = _settled(memory_options(args), config, variant, precision, device, dtype, tokens)
     transformer = load_base_model(
         checkpoint,
@@ -125,11 +126,12 @@ def _settled(
     with torch.device("meta"):
         sizes = weight_sizes(LTXTransformer(config, variant), precision.weights, dtype)
     live = _LIVE_STATES * tokens * config.video_width * dtype.itemsize
-    footprint = Footprint(blocks=sizes.blocks, block=sizes.block, rest=sizes.rest + live, trained=0, hidden=0)
+    footprint = Footprint(blocks=sizes.blocks, block=sizes.block, rest=sizes.rest + live, trained=0)
     free = torch.cuda.mem_get_info(device)[0]
-    settled, line = settle(options, footprint, options.budget_gb * 1e9 if options.budget_gb else free * _SHARE)
-    logger.info("%s", line)
-    return settled
+    budget = options.budget_gb * 1e9 if options.budget_gb else free * _SHARE
+    plan = settle(options, footprint, budget, training=False)
+    logger.info("%s", plan.table)
+    return plan.options
 
 
 def _loras(args: argparse.Namespace) -> list[tuple[str, float]]:

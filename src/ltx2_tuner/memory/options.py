@@ -9,7 +9,8 @@ from dataclasses import dataclass
 class MemoryOptions:
     """What trades memory for time.
 
-    budget_gb: None is what is free. blocks_to_swap: blocks that live in host memory. split_mode: `batch` or `query`.
+    budget_gb: None is what is free. blocks_to_swap: blocks that live in host memory. recomputed_blocks: how many, from
+    the first on, `checkpointing` recomputes; None is all. split_mode: `batch` or `query`.
     """
 
     budget_gb: float | None = None
@@ -17,6 +18,7 @@ class MemoryOptions:
     pinned: bool | None = None
     ring_size: int = 2
     checkpointing: bool | None = None
+    recomputed_blocks: int | None = None
     checkpoint_offload: bool = False
     ffn_chunk_target: str = "none"
     ffn_chunk_size: int = 0

@@ -1,66 +1,189 @@
 """Chooses between resident blocks, recomputation and streaming so that the largest bucket fits the device.
 
-An estimate, made before the weights are read: bytes of the blocks are known from the checkpoint's header, activations
-are counted in units of one stream's hidden state (tokens x width x bytes).
+A plan is made before the weights are read: the bytes of blocks are known from the checkpoint's header, those of
+activations from the shapes of the largest batch. A rehearsal of that batch proves it; where it fails, `Plan.tighter`
+is what comes next. None of the choices changes a number of the training.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from ltx2_tuner.memory.options import MemoryOptions
+from ltx2_tuner.memory.speed import Speed
 
 _GIB = 2**30
-# Saved activations of one block in units of its hidden state, measured on the full-size model.
-_KEPT_UNITS = 21.0
-_RESERVE = 1.0 * _GIB  # CUDA context, workspaces, fragmentation
+# CUDA context, library workspaces, one expanded matrix, fragmentation.
+_RESERVE = 0.8 * _GIB
+_CLEARLY_LESS = 0.97
+_RECOMPUTE_STEPS = 12  # recomputation is chosen in so many portions of the blocks
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a run needs, in bytes. block: one block's frozen weights; rest: weights outside of blocks; trained:
-    adapters with gradients and optimizer state; hidden: the hidden states of the largest batch, both streams."""
+    """What a run needs, in bytes.
+
+    block: one block's frozen weights; rest: weights outside of blocks; trained: adapters and optimizer state;
+    gradients: of the adapters; kept: activations of a block that is not recomputed; boundary: what stays of one that
+    is; forward: floating point operations of a forward pass.
+    """
 
     blocks: int
     block: int
     rest: int
     trained: int
-    hidden: int
+    gradients: int = 0
+    kept: int = 0
+    boundary: int = 0
+    forward: float = 0.0
 
-    def total(self, streamed: int, ring: int, checkpointing: bool) -> float:
+    def parts(self, choice: Choice, ring: int) -> dict[str, float]:
+        """Where each byte of the peak goes."""
+        parts = {
+            f"{self.blocks - choice.streamed} of {self.blocks} blocks": (self.blocks - choice.streamed) * self.block,
+            "other weights": self.rest,
+            "adapters and optimizer": self.trained,
+        }
+        if choice.streamed:
+            parts["ring for streamed blocks"] = min(ring, choice.streamed) * self.block
+        # The blocks that come first recompute: when the backward pass reaches them, the others' activations are gone.
+        # So a block's activations come on top only where all recompute.
+        working = self.kept if choice.recomputed == self.blocks else 0
+        kept = self.kept * (self.blocks - choice.recomputed)
+        boundaries = self.boundary * (min(choice.recomputed, 2) if choice.offload else choice.recomputed)
+        # Gradients appear while activations go.
+        parts["activations, then gradients"] = working + max(kept + boundaries, self.gradients)
+        return parts
+
+    def total(self, choice: Choice, ring: int) -> float:
         """Peak bytes on the device."""
-        resident = self.blocks - streamed + (min(ring, streamed) if streamed else 0)
-        if checkpointing:
-            # One hidden state per block, and one block's activations at a time.
-            activations = self.hidden * (self.blocks + _KEPT_UNITS)
-        else:
-            activations = self.hidden * _KEPT_UNITS * self.blocks
-        return self.rest + self.trained + resident * self.block + activations + _RESERVE
+        return sum(self.parts(choice, ring).values())
+
+    def seconds(self, choice: Choice, speed: Speed) -> float:
+        """Of a step: forward, backward of the inputs, recomputation; or the two passes of copies where these last."""
+        compute = self.forward * (2 + choice.recomputed / self.blocks) / speed.operations
+        return max(compute, 2 * choice.streamed * self.block / speed.copies)
 
 
-def settle(options: MemoryOptions, footprint: Footprint, budget: float) -> tuple[MemoryOptions, str]:
+@dataclass(frozen=True)
+class Choice:
+    """One way to arrange a run. offload: what recomputed blocks start from waits in host memory."""
+
+    streamed: int = 0
+    recomputed: int = 0
+    offload: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The chosen options, and the ones that need less, in the order in which they are tried.
+
+    table: where the memory goes, for the log. predicted: peak bytes on the device.
+    """
+
+    options: MemoryOptions
+    predicted: float
+    table: str
+    fits: bool
+    footprint: Footprint
+    budget: float
+    speed: Speed | None
+    rest: tuple[Choice, ...]
+
+    def tighter(self) -> Plan | None:
+        """The next plan that needs clearly less memory, else one that streams more; None when there is none."""
+        ring, streamed = self.options.ring_size, self.options.blocks_to_swap
+        needs = [self.footprint.total(choice, ring) for choice in self.rest]
+        clearly = (index for index, need in enumerate(needs) if need < _CLEARLY_LESS * self.predicted)
+        # Where blocks are small, the estimate may not see what streaming saves.
+        streams_more = (index for index, choice in enumerate(self.rest) if choice.streamed > max(streamed, ring))
+        offloads = (index for index, choice in enumerate(self.rest) if choice.offload)
+        index = next(itertools.chain(clearly, streams_more, offloads), None)
+        if index is None:
+            return None
+        return _plan(self.options, self.rest[index], self.rest[index + 1 :], self.footprint, self.budget, self.speed)
+
+
+def settle(
+    options: MemoryOptions, footprint: Footprint, budget: float, speed: Speed | None = None, *, training: bool = True
+) -> Plan:
     """Fill in what was not typed, so that the estimate stays within `budget` bytes.
 
-    Tried in this order: everything resident; recomputation; then as few streamed blocks as it takes. A typed flag is
-    never overridden.
-
-    Returns:
-        The options and one line that says what was chosen and why.
+    Tried in this order: everything resident; recomputation of ever more blocks; as few streamed blocks as it takes;
+    the inputs of recomputed blocks in host memory. A typed flag is never overridden.
     """
-    typed = options.blocks_to_swap
-    counts = range(footprint.blocks) if typed is None else [typed]
-    modes = [False, True] if options.checkpointing is None else [options.checkpointing]
-    choices = [(streamed, mode) for streamed in counts for mode in modes]
-    # Recomputation costs less than streaming, so it comes before the first streamed block.
-    chosen = next(
-        (choice for choice in choices if footprint.total(choice[0], options.ring_size, choice[1]) <= budget),
-        choices[-1],
+    choices = list(_choices(options, footprint.blocks, training))
+    for index, choice in enumerate(choices):
+        if footprint.total(choice, options.ring_size) + _RESERVE <= budget or index == len(choices) - 1:
+            return _plan(options, choice, tuple(choices[index + 1 :]), footprint, budget, speed)
+    raise AssertionError("there is always a choice")
+
+
+def _choices(options: MemoryOptions, blocks: int, training: bool) -> Iterator[Choice]:
+    portions = sorted({blocks * part // _RECOMPUTE_STEPS for part in range(_RECOMPUTE_STEPS + 1)})
+    recomputed = portions if options.checkpointing is None else [blocks if options.checkpointing else 0]
+    recomputed = recomputed if training else [0]
+    streamed = range(blocks) if options.blocks_to_swap is None else [options.blocks_to_swap]
+    offload = options.checkpoint_offload
+    for count in recomputed:
+        yield Choice(streamed[0], count, offload)
+    for count in streamed[1:]:
+        yield Choice(count, recomputed[-1], offload)
+    if recomputed[-1] and not offload:
+        yield Choice(streamed[-1], recomputed[-1], True)
+
+
+def _plan(
+    options: MemoryOptions,
+    choice: Choice,
+    rest: tuple[Choice, ...],
+    footprint: Footprint,
+    budget: float,
+    speed: Speed | None,
+) -> Plan:
+    parts = footprint.parts(choice, options.ring_size)
+    fits = sum(parts.values()) + _RESERVE <= budget
+    return Plan(
+        options=replace(
+            options,
+            blocks_to_swap=choice.streamed,
+            checkpointing=choice.recomputed > 0,
+            recomputed_blocks=choice.recomputed,
+            checkpoint_offload=choice.offload,
+        ),
+        predicted=sum(parts.values()),
+        table=_table(choice, parts, footprint, budget, speed, fits),
+        fits=fits,
+        footprint=footprint,
+        budget=budget,
+        speed=speed,
+        rest=rest,
     )
-    streamed, checkpointing = chosen
-    need = footprint.total(streamed, options.ring_size, checkpointing)
-    verdict = "" if need <= budget else ", which does not fit: use a smaller resolution, fp8 or nf4 weights"
-    line = (
-        f"memory: about {need / _GIB:.1f} GiB of {budget / _GIB:.1f} GiB with "
-        f"{streamed} streamed blocks and recomputation {'on' if checkpointing else 'off'}{verdict}"
-    )
-    return replace(options, blocks_to_swap=streamed, checkpointing=checkpointing), line
+
+
+def _table(
+    choice: Choice,
+    parts: Mapping[str, float],
+    footprint: Footprint,
+    budget: float,
+    speed: Speed | None,
+    fits: bool,
+) -> str:
+    rows = {**parts, "CUDA, workspaces, fragmentation": _RESERVE}
+    rows["sum"] = sum(rows.values())
+    rows["budget"] = budget
+    blocks = footprint.blocks
+    lines = [
+        f"memory plan: {choice.streamed} of {blocks} blocks streamed, {choice.recomputed} recomputed"
+        + (", their inputs in host memory" if choice.offload else "")
+    ]
+    lines += [f"  {name:<32}{size / _GIB:8.2f} GiB" for name, size in rows.items()]
+    if choice.streamed:
+        lines.append(f"  {'on the host':<32}{choice.streamed * footprint.block / _GIB:8.2f} GiB")
+    if speed is not None and footprint.forward:
+        lines.append(f"  {'predicted':<32}{footprint.seconds(choice, speed):8.2f} s/step")
+    if not fits:
+        lines.append("  this does not fit: use fp8 or nf4 weights, a smaller resolution or shorter clips")
+    return "\n".join(lines)

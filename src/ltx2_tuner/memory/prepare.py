@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from ltx2_tuner.errors import UserError
 from ltx2_tuner.memory.compilation import CACHE_ENTRIES, compile_blocks, compiler_works
 from ltx2_tuner.memory.offload import ActivationOffload
 from ltx2_tuner.memory.options import CompileOptions, MemoryOptions
@@ -36,6 +37,18 @@ class MemoryPlan:
         return "plan: " + ", ".join(parts)
 
 
+def check_streamed(blocks: int, count: int | None) -> None:
+    """Refuse to stream more blocks than can be.
+
+    Raises:
+        UserError: no block would be left.
+    """
+    if count is not None and count > blocks - 1:
+        raise UserError(
+            f"blocks_to_swap must be at most {blocks - 1} (the model has {blocks} blocks), got {count}; lower it"
+        )
+
+
 def block_placement(blocks: int, streamed: int, device: torch.device) -> Callable[[str], torch.device]:
     """Where a parameter of the transformer is loaded to: streamed blocks stay on the CPU."""
     on_host = {f"transformer_blocks.{index}." for index in streamed_indices(blocks, streamed)} if streamed else set()
@@ -56,16 +69,41 @@ def prepare_model(
         model.split_attention(options.split_attention, options.split_mode or "batch", options.split_chunk)
     if options.ffn_chunk_size:
         model.chunk_feed_forward(options.ffn_chunk_target, options.ffn_chunk_size)
-    store = None
-    if options.blocks_to_swap:
-        indices = streamed_indices(len(model.transformer_blocks), options.blocks_to_swap)
-        store = BlockStore(model.transformer_blocks, indices, device, ring=options.ring_size, pinned=options.pinned)
-        model.block_runner = store
-    if options.checkpointing:
-        saved = {"saved_inputs": ActivationOffload(device)} if options.checkpoint_offload else {}
-        model.enable_gradient_checkpointing(**saved)
+    store = _stream(model, options, device, None)
+    _recompute(model, options, device)
     compiled = _compile(model, compilation, device, by_part=store is None)
     return MemoryPlan(store, bool(options.checkpointing), compiled)
+
+
+def rearrange(model: LTXTransformer, plan: MemoryPlan, options: MemoryOptions, device: torch.device) -> MemoryPlan:
+    """Recompute and stream as `options` now say; what is compiled stays so. Call it between two passes."""
+    store = _stream(model, options, device, plan.store)
+    _recompute(model, options, device)
+    return replace(plan, store=store, checkpointing=bool(options.checkpointing))
+
+
+def _stream(
+    model: LTXTransformer, options: MemoryOptions, device: torch.device, store: BlockStore | None
+) -> BlockStore | None:
+    blocks = model.transformer_blocks
+    if not options.blocks_to_swap:
+        return store
+    indices = streamed_indices(len(blocks), options.blocks_to_swap)
+    if store is None:
+        store = BlockStore(blocks, indices, device, ring=options.ring_size, pinned=options.pinned)
+        model.block_runner = store
+    else:
+        store.restream(blocks, indices)
+    return store
+
+
+def _recompute(model: LTXTransformer, options: MemoryOptions, device: torch.device) -> None:
+    """Recompute all blocks, or the first ones: their turn comes when the others' activations are gone."""
+    if not options.checkpointing:
+        return
+    count = options.recomputed_blocks
+    saved = {"saved_inputs": ActivationOffload(device)} if options.checkpoint_offload else {}
+    model.enable_gradient_checkpointing(blocks=None if count is None else range(count), **saved)
 
 
 def _compile(model: LTXTransformer, options: CompileOptions, device: torch.device, *, by_part: bool) -> bool:

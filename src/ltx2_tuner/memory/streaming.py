@@ -46,11 +46,15 @@ class _Piece:
 
 @dataclass(eq=False)
 class _Slot:
-    """A device buffer, the block in it, and the event after which its content is there."""
+    """A device buffer, the block in it, and the event after which its content is there.
+
+    staging: page-locked host memory that copies go through where the blocks' own memory cannot be page-locked.
+    """
 
     buffer: Tensor
     holds: int | None = None
     ready: torch.cuda.Event | None = None
+    staging: Tensor | None = None
 
 
 class BlockStore:
@@ -78,6 +82,7 @@ class BlockStore:
         self._wants_pin = device.type == "cuda" and pinned is not False
         self._pieces: dict[int, list[_Piece]] = {}
         self._host: dict[int, Tensor] = {}
+        self._locked: set[int] = set()
         layouts = {index: _layout(blocks[index]) for index in self.streamed}
         size = max(total for _, total in layouts.values())
         # The ring is reserved first: near-full memory shows at the start, not at some later step.
@@ -87,6 +92,19 @@ class BlockStore:
             self._take(index, blocks[index], pieces, total)
         self._direction = 1
         self._last = -1
+
+    def restream(self, blocks: Sequence[nn.Module], streamed: Sequence[int]) -> None:
+        """Stream other blocks from now on, between two passes; the ring stays as it is."""
+        if self._copies is not None:
+            torch.cuda.synchronize(self.device)
+        for slot in self._slots:
+            slot.holds = None
+        for index in streamed:
+            if index not in self._host:
+                self._take(index, blocks[index], *_layout(blocks[index]))
+        for index in set(self.streamed) - set(streamed):
+            self._bring_home(index)
+        self.streamed = tuple(sorted(streamed))
 
     @property
     def host_bytes(self) -> int:
@@ -144,6 +162,10 @@ class BlockStore:
             return slot
         # All kernels that read the slot's old content are queued on the compute stream by now.
         self._copies.wait_stream(torch.cuda.current_stream(self.device))
+        if slot.staging is not None:
+            if slot.ready is not None:
+                slot.ready.synchronize()  # the last copy out of it
+            source = slot.staging[: source.numel()].copy_(source)
         with torch.cuda.stream(self._copies):
             target.copy_(source, non_blocking=True)
             slot.ready = torch.cuda.Event()
@@ -163,27 +185,54 @@ class BlockStore:
         for piece in pieces:
             piece.view(host).copy_(piece.layer.storage()[piece.name])
         self._pieces[index] = pieces
-        self._host[index] = self._pin(host)
+        self._host[index] = host
+        self._lock(index, host)
         # Bound to a slot from now on, whatever it holds: moving the model finds every layer on the device already.
         self._bind(index, self._slots[0])
         block.to(self.device)
 
-    def _pin(self, host: Tensor) -> Tensor:
+    def _bring_home(self, index: int) -> None:
+        """Give a block matrices of its own on the device."""
+        host = self._host.pop(index)
+        tensors: dict[FrozenLinear, dict[str, Tensor]] = {}
+        for piece in self._pieces.pop(index):
+            tensors.setdefault(piece.layer, {})[piece.name] = piece.view(host).to(self.device, copy=True)
+        for layer, found in tensors.items():
+            layer.rebind(found)
+        self._unlock(index, host)
+
+    def _lock(self, index: int, host: Tensor) -> None:
         """Page-lock a buffer in place (torch's own allocator would round its size up to a power of two)."""
         if not self._wants_pin:
-            return host
-        status = torch.cuda.cudart().cudaHostRegister(host.data_ptr(), host.numel(), 0)
-        if int(status) != 0:
-            self._wants_pin = False
-            logger.warning("host memory cannot be page-locked here (%s): streaming blocks will be slower", status)
-        return host
+            return
+        status = int(torch.cuda.cudart().cudaHostRegister(host.data_ptr(), host.numel(), 0))
+        if status == 0:
+            self._locked.add(index)
+            return
+        self._wants_pin = False
+        try:
+            for slot in self._slots:
+                slot.staging = torch.empty(slot.buffer.numel(), dtype=torch.uint8, pin_memory=True)
+        except RuntimeError:
+            for slot in self._slots:
+                slot.staging = None
+        logger.warning(
+            "host memory for streamed blocks cannot be page-locked here (CUDA status %d): streaming will be slower; "
+            "close other programs, or add --no-use_pinned_memory_for_block_swap to skip this",
+            status,
+        )
+
+    def _unlock(self, index: int, host: Tensor) -> None:
+        if index in self._locked:
+            self._locked.discard(index)
+            torch.cuda.cudart().cudaHostUnregister(host.data_ptr())
 
     def close(self) -> None:
         """Release page locks; the store cannot be used afterwards."""
         if self._copies is not None:
             self._copies.synchronize()
-            for host in self._host.values():
-                torch.cuda.cudart().cudaHostUnregister(host.data_ptr())
+        for index, host in self._host.items():
+            self._unlock(index, host)
         self._host.clear()
 
 

@@ -53,12 +53,16 @@ class FrozenLinear(nn.Linear):
         return {name: tensor.detach() for name, tensor in tensors.items()}
 
     def rebind(self, tensors: Mapping[str, Tensor]) -> None:
-        """Use these tensors (same names, dtypes and shapes as `storage`) from now on; nothing is copied."""
+        """Use these tensors (same names, dtypes and shapes as `storage`) from now on; nothing is copied.
+
+        The parameters and buffers stay the objects they are: what a compiled pass saved of them for its backward pass
+        follows. A view would not, so it is replaced.
+        """
         for name, tensor in tensors.items():
-            if name in self._parameters:
-                self._parameters[name].data = tensor
-            else:
-                self._buffers[name] = tensor
+            held = self._parameters[name] if name in self._parameters else self._buffers[name]
+            if held._is_view():
+                held = self._buffers[name] = tensor.new_empty(0)
+            held.data = tensor
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""

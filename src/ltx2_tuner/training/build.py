@@ -22,14 +22,13 @@ from ltx2_tuner.errors import UserError
 from ltx2_tuner.lora.build import build_network, optimizer_groups, target_of
 from ltx2_tuner.lora.options import NetworkOptions
 from ltx2_tuner.memory.options import CompileOptions, MemoryOptions
-from ltx2_tuner.memory.prepare import block_placement, prepare_model
+from ltx2_tuner.memory.prepare import block_placement, check_streamed
 from ltx2_tuner.models.transformer import TransformerConfig
 from ltx2_tuner.models.transformer.attention_backends import attention_function, usable_backend
 from ltx2_tuner.sampling.options import is_distilled
-from ltx2_tuner.training.acceleration import accelerate
 from ltx2_tuner.training.balance import AudioBalancer
 from ltx2_tuner.training.base_weights import merge_base_weights
-from ltx2_tuner.training.footprint import plan_memory
+from ltx2_tuner.training.footprint import largest_batch, plan_memory, settled
 from ltx2_tuner.training.guard import NonFiniteGuard
 from ltx2_tuner.training.loftq import LoftQStart, keep_start
 from ltx2_tuner.training.logs import Trackers
@@ -51,6 +50,7 @@ from ltx2_tuner.training.random import seed_default_generators
 from ltx2_tuner.training.regularizers import RegularizerOptions
 from ltx2_tuner.training.regularizers.build import Setting, check_regularizers, make_regularizers
 from ltx2_tuner.training.regularizers.prompts import PreservationPrompts
+from ltx2_tuner.training.rehearsal import Arrangement, rehearse
 from ltx2_tuner.training.saver import RunSaver
 from ltx2_tuner.training.schedulers import SchedulerOptions, create_scheduler
 from ltx2_tuner.training.silence import find_silence
@@ -179,12 +179,7 @@ def open_checkpoint(config: TrainingConfig, processes: Processes) -> tuple[Check
         model = TransformerConfig.from_dict(checkpoint.config.get("transformer", {}))
     except ValueError as error:
         raise UserError(f"{checkpoint.path}: {error}; give an LTX-2 or LTX-2.3 file") from error
-    swapped = config.memory.blocks_to_swap or 0
-    if swapped > model.num_layers - 1:
-        raise UserError(
-            f"blocks_to_swap must be at most {model.num_layers - 1} (the model has {model.num_layers} blocks), "
-            f"got {swapped}"
-        )
+    check_streamed(model.num_layers, config.memory.blocks_to_swap)
     return checkpoint, version, model
 
 
@@ -237,7 +232,8 @@ def build(
     attention = usable_backend(config.memory.attention, device)
     config = replace(config, memory=replace(config.memory, attention=attention))
     config = replace(config, precision=_settle_precision(config, sources.checkpoint, device))
-    config = replace(config, memory=plan_memory(config, sources, device))
+    plan = plan_memory(config, sources, device)
+    config = settled(config, plan)
     base = _load_model(config, sources, device)
     model = base.transformer
     network = build_network(
@@ -250,10 +246,9 @@ def build(
     )
     network.to(device, config.adapter_dtype)
     loftq = _keep_start(config, base, network, processes)
-    plan = prepare_model(model, config.memory, config.compilation, device)
-    logger.info("%s", plan)
-    if device.type == "cuda":
-        accelerate(model, network, plan, _MIXED_PRECISION.get(config.mixed_precision, config.dtype))
+    adapters_in = _MIXED_PRECISION.get(config.mixed_precision, config.dtype)
+    arrangement = Arrangement(model, network, config.memory, config.compilation, device, adapters_in, plan)
+    logger.info("%s", arrangement.prepared)
     data = sources.training.loader(
         rank=processes.rank,
         world_size=processes.count,
@@ -329,6 +324,8 @@ def build(
     )
     trainer = make_trainer(run)
     _resume(config, trainer)
+    if plan is not None:
+        rehearse(trainer, _largest(config, sources, trainer), arrangement, config.optimizer.type)
     logger.info("%s", _length_line(trainer, sources))
     if config.trained_mode == "av":
         logger.info("%s", _audio_plan(config, sources.training.audio_share))
@@ -342,6 +339,14 @@ def _audio_plan(config: TrainingConfig, share: float) -> str:
     elif config.regularizers.preservation.audio_dop is not None:
         without_sound = "the plain model's sound (--audio_dop)"
     return audio_plan(share, without_sound=without_sound, balance=config.loss.balance.mode)
+
+
+def _largest(config: TrainingConfig, sources: Sources, trainer: Trainer) -> dict:
+    """The batch that needs most memory; of a slider the first."""
+    if isinstance(sources.training, TrainingData):
+        return sources.training[0, largest_batch(config, sources.training)[0]]
+    trainer.run.data.set_epoch(1)
+    return next(iter(trainer.run.data))
 
 
 def _length_line(trainer: Trainer, sources: Sources) -> str:

@@ -11,47 +11,68 @@ import torch
 from ltx2_tuner.data.batches import TrainingData
 from ltx2_tuner.lora.options import NetworkOptions
 from ltx2_tuner.lora.targets import Targets, select_layers
-from ltx2_tuner.memory.options import MemoryOptions
-from ltx2_tuner.memory.planner import Footprint, settle
+from ltx2_tuner.memory.activations import BatchShape, boundary_bytes, forward_operations, kept_bytes
+from ltx2_tuner.memory.planner import Footprint, Plan, settle
 from ltx2_tuner.memory.sizes import weight_sizes
-from ltx2_tuner.models.transformer import LTXTransformer, TransformerConfig
+from ltx2_tuner.memory.speed import measure_speed
+from ltx2_tuner.models.transformer import LTXTransformer
 
 if TYPE_CHECKING:
     from ltx2_tuner.training.build import Sources, TrainingConfig
 
 logger = logging.getLogger(__name__)
 
-_TRAINED_BYTES = 16  # per adapter value: float32 value, gradient and two moments
 _SHARE = 0.95  # of the free memory; the rest is for what other programs take meanwhile
+_TEXT_TOKENS = 1024  # of a cached prompt
+_GB = 1e9
+_CROWDED = 2**30  # bytes that other programs may have before they are mentioned
 
 
-def plan_memory(config: TrainingConfig, sources: Sources, device: torch.device) -> MemoryOptions:
-    """The memory options with everything settled that was not typed. On the CPU nothing is streamed by itself."""
+def plan_memory(config: TrainingConfig, sources: Sources, device: torch.device) -> Plan | None:
+    """How the largest batch fits; None where nothing has to be chosen: on the CPU, unless a budget was typed."""
     options = config.memory
-    if device.type != "cuda":
-        return replace(options, blocks_to_swap=options.blocks_to_swap or 0, checkpointing=bool(options.checkpointing))
-    free, total = torch.cuda.mem_get_info(device)
-    if total - free > 2**30:
-        logger.warning("other programs use %.1f GiB of the GPU's memory", (total - free) / 2**30)
-    budget = free * _SHARE if options.budget_gb is None else options.budget_gb * 1e9
-    settled, line = settle(options, estimate(config, sources), budget)
-    logger.info("%s", line)
-    return settled
+    if device.type != "cuda" and options.budget_gb is None:
+        return None
+    budget = (options.budget_gb or 0) * _GB
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        if total - free > _CROWDED:
+            logger.warning("other programs use %.1f GiB of the GPU's memory", (total - free) / 2**30)
+        budget = min(budget, free) if budget else free * _SHARE
+    plan = settle(options, estimate(config, sources), budget, measure_speed(device))
+    (logger.info if plan.fits else logger.warning)("%s", plan.table)
+    return plan
 
 
 def estimate(config: TrainingConfig, sources: Sources) -> Footprint:
-    """Bytes of weights, adapters and the largest batch's hidden states."""
+    """Bytes of weights, adapters and the largest batch's activations, and the work of a step."""
     variant = {"video": "video", "av": "av", "audio": "audio" if config.audio_only_model else "av"}[config.mode]
     with torch.device("meta"):
         model = LTXTransformer(sources.model, variant)
     sizes = weight_sizes(model, config.precision.weights, config.dtype)
+    values = _adapter_values(model, config.network, config.trained_mode)
+    adapter = config.adapter_dtype.itemsize
+    copies = config.dtype.itemsize if config.dtype != config.adapter_dtype else 0
+    shape, samples = largest_batch(config, sources.training)[1:]
     return Footprint(
         blocks=sizes.blocks,
         block=sizes.block,
         rest=sizes.rest,
-        trained=_adapter_values(model, config.network, config.mode) * _TRAINED_BYTES,
-        hidden=largest_hidden(sources.training, sources.model, config.mode, config.dtype),
+        trained=values * (adapter + copies) + moment_bytes(config.optimizer.type, values, adapter),
+        gradients=values * adapter,
+        kept=kept_bytes(sources.model, shape, config.dtype.itemsize),
+        boundary=boundary_bytes(sources.model, shape, config.dtype.itemsize),
+        forward=forward_operations(sources.model, shape, samples),
     )
+
+
+def moment_bytes(optimizer: str, values: int, itemsize: int) -> int:
+    """Of an optimizer's averages, by its name: Adam and its relatives keep two values for each one that is trained."""
+    name = optimizer.rpartition(".")[2].lower()
+    if "paged" in name or "adafactor" in name or name == "sgd":
+        return 0
+    each = 1 if "8bit" in name else itemsize
+    return values * each * (1 if name.startswith(("lion", "muon")) else 2)
 
 
 def _adapter_values(model: LTXTransformer, network: NetworkOptions, mode: str) -> int:
@@ -60,16 +81,31 @@ def _adapter_values(model: LTXTransformer, network: NetworkOptions, mode: str) -
     return sum(network.dim * (layer.in_features + layer.out_features) for layer in layers.values())
 
 
-def largest_hidden(data: TrainingData, model: TransformerConfig, mode: str, dtype: torch.dtype) -> int:
-    """Bytes of the hidden states, both streams, of the batch that has most."""
-    largest = 0
-    for number in range(len(data)):
+def largest_batch(config: TrainingConfig, data: TrainingData) -> tuple[int, BatchShape, int]:
+    """Number (in epoch 0), tokens and samples of the batch that needs most memory."""
+    largest, found = 0, (0, BatchShape(0, 0, 0), 1)
+    references = 1 + config.modes.reference_downscale**-2 if config.strategy == "v2v" else 1
+    for number in range(len(data) if isinstance(data, TrainingData) else 0):
         items = data.batch_items(0, number)
-        values = 0
-        if mode != "audio":
+        video = audio = 0
+        if config.mode != "audio":
             _, frames, height, width = items[0].latent_shape
-            values += frames * height * width * model.video_width
-        if mode != "video":
-            values += max((item.audio_steps or 0) for item in items) * model.audio_width
-        largest = max(largest, values * len(items))
-    return largest * dtype.itemsize
+            video = round(frames * height * width * references) * len(items)
+        if config.trained_mode != "video":
+            audio = max((item.audio_steps or 0) for item in items) * len(items)
+        if 2 * video + audio > largest:
+            largest, found = (
+                2 * video + audio,
+                (number, BatchShape(video, audio, _TEXT_TOKENS * len(items)), len(items)),
+            )
+    return found
+
+
+def settled(config: TrainingConfig, plan: Plan | None) -> TrainingConfig:
+    """The configuration with what the plan says, or with what was typed where there is none."""
+    memory = config.memory
+    if plan is not None:
+        memory = plan.options
+    else:
+        memory = replace(memory, blocks_to_swap=memory.blocks_to_swap or 0, checkpointing=bool(memory.checkpointing))
+    return replace(config, memory=memory)

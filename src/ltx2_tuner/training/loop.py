@@ -164,15 +164,7 @@ class Trainer:
         run, progress = self.run, self.progress
         key = DrawKey(run.loop.seed, run.rank, progress.micro_batches)
         progress.micro_batches += 1
-        key.seed_default_generators()
-        draws = TrainingDraws(
-            key,
-            run.draws.sampler,
-            run.device,
-            first_frame_p=run.draws.first_frame_p,
-            caption_dropout_rate=run.draws.caption_dropout_rate,
-        )
-        prepared, terms = self._learn(batch, draws)
+        prepared, terms = self._learn(batch, self._draws(key))
         return MicroBatch(
             items=list(batch["item_keys"]),
             slot=slot,
@@ -180,6 +172,29 @@ class Trainer:
             terms=terms.detached(),
             video_sigma=[] if prepared.video_task is None else prepared.video_task.sigma.tolist(),
             audio_sigma=[] if prepared.audio_task is None else prepared.audio_task.sigma.tolist(),
+        )
+
+    def rehearse(self, batch: dict) -> None:
+        """Forward and backward of a batch for the memory they take; only gradients are left behind."""
+        run = self.run
+        states, balancer, monitor = default_generator_states(), run.balancer, run.monitor
+        run.balancer, run.monitor = AudioBalancer(run.loss.balance, run.device), None
+        self._set_training(True)
+        try:
+            self._learn(batch, self._draws(DrawKey(run.loop.seed, run.rank, 0)))
+        finally:
+            run.balancer, run.monitor = balancer, monitor
+            restore_default_generators(states)
+
+    def _draws(self, key: DrawKey) -> TrainingDraws:
+        """What a micro-batch draws from; the default generators are seeded with it."""
+        key.seed_default_generators()
+        return TrainingDraws(
+            key,
+            self.run.draws.sampler,
+            self.run.device,
+            first_frame_p=self.run.draws.first_frame_p,
+            caption_dropout_rate=self.run.draws.caption_dropout_rate,
         )
 
     def _learn(self, batch: dict, draws: Draws) -> tuple[Prepared, LossTerms]:

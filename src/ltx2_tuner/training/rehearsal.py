@@ -1,0 +1,132 @@
+"""The largest batch, tried before the first epoch: no run dies of memory at step 700.
+
+Where it does not fit, more blocks are recomputed, then more are streamed, until it does. Nothing that is trained or
+drawn later changes by it.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from ltx2_tuner.memory.options import CompileOptions, MemoryOptions
+from ltx2_tuner.memory.planner import Plan
+from ltx2_tuner.memory.prepare import prepare_model, rearrange
+from ltx2_tuner.models.transformer import LTXTransformer
+from ltx2_tuner.training.acceleration import accelerate
+from ltx2_tuner.training.footprint import moment_bytes
+from ltx2_tuner.training.loop import Trainer
+
+logger = logging.getLogger(__name__)
+
+_PASSES = 3  # what is recorded as a CUDA graph is recorded in the third pass
+_GIB = 2**30
+
+
+class Arrangement:
+    """A model made ready for training within its memory, and how to make it need less.
+
+    Args:
+        network: attached, on its device and in its dtype.
+        plan: None where nothing was planned; then nothing can be tightened.
+        dtype: what adapters multiply in.
+    """
+
+    def __init__(
+        self,
+        model: LTXTransformer,
+        network: nn.Module,
+        options: MemoryOptions,
+        compilation: CompileOptions,
+        device: torch.device,
+        dtype: torch.dtype,
+        plan: Plan | None = None,
+    ) -> None:
+        self.model, self.network, self.device, self.dtype, self.plan = model, network, device, dtype, plan
+        self.prepared = prepare_model(model, options, compilation, device)
+        self._accelerate()
+
+    def tighten(self) -> bool:
+        """Take the next plan that needs less memory; False when there is none."""
+        following = None if self.plan is None else self.plan.tighter()
+        if following is None:
+            return False
+        self.plan = following
+        if self.graphs is not None:
+            self.graphs.remove()
+        self.prepared = rearrange(self.model, self.prepared, following.options, self.device)
+        self._accelerate()
+        return True
+
+    def _accelerate(self) -> None:
+        on_cuda = self.device.type == "cuda"
+        self.graphs = accelerate(self.model, self.network, self.prepared, self.dtype) if on_cuda else None
+
+
+def rehearse(trainer: Trainer, batch: dict, arrangement: Arrangement, optimizer: str) -> None:
+    """Run a batch forward and backward; tighten the arrangement until it fits.
+
+    Args:
+        optimizer: its name, which tells what its state will take.
+
+    Raises:
+        torch.OutOfMemoryError: nothing is left to tighten.
+    """
+    while True:
+        failure = _attempt(trainer, batch, arrangement, optimizer)
+        if failure is None:
+            return
+        logger.warning("the largest batch does not fit (%s)", failure.splitlines()[0])
+        _forget(trainer)
+        if not arrangement.tighten():
+            raise torch.OutOfMemoryError(failure)
+        logger.warning("%s", arrangement.plan.table)
+
+
+def _attempt(trainer: Trainer, batch: dict, arrangement: Arrangement, optimizer: str) -> str | None:
+    """None, or what the device said. The error itself would keep everything alive that the pass had made."""
+    device = trainer.run.device
+    try:
+        with _optimizer_state(trainer, optimizer):
+            for _ in range(_PASSES if arrangement.graphs is not None else 1):
+                trainer.rehearse(batch)
+                trainer.run.optimizer.zero_grad(set_to_none=True)
+    except torch.OutOfMemoryError as error:
+        return str(error)
+    if device.type == "cuda":
+        planned = "" if arrangement.plan is None else f" (planned {arrangement.plan.predicted / _GIB:.1f})"
+        logger.info(
+            "rehearsed the largest batch: peak %.1f GiB%s, %.1f GiB reserved",
+            torch.cuda.max_memory_allocated(device) / _GIB,
+            planned,
+            torch.cuda.max_memory_reserved(device) / _GIB,
+        )
+    _forget(trainer)
+    return None
+
+
+@contextmanager
+def _optimizer_state(trainer: Trainer, optimizer: str) -> Iterator[None]:
+    """Holds as much device memory as the optimizer will take at its first step, unless it has stepped already."""
+    values = trainer.run.gradients.parameters
+    size = sum(moment_bytes(optimizer, value.numel(), value.element_size()) for value in values)
+    wanted = trainer.run.device.type == "cuda" and not trainer.run.optimizer.state
+    placeholder = torch.empty(size, dtype=torch.uint8, device=trainer.run.device) if wanted else None
+    yield
+    del placeholder
+
+
+def _forget(trainer: Trainer) -> None:
+    """Free what a pass left behind."""
+    trainer.run.optimizer.zero_grad(set_to_none=True)
+    gc.collect()
+    device = trainer.run.device
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)

@@ -1,0 +1,127 @@
+"""The planner keeps what was typed, tries the cheap things first, and its estimate is that of the measured model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ltx2_tuner.memory.activations import BatchShape, boundary_bytes, forward_operations, kept_bytes
+from ltx2_tuner.memory.options import MemoryOptions
+from ltx2_tuner.memory.planner import Choice, Footprint, settle
+from ltx2_tuner.memory.sizes import weight_sizes
+from ltx2_tuner.memory.speed import Speed
+from ltx2_tuner.models.transformer import LTXTransformer, TransformerConfig
+from ltx2_tuner.quantization.formats import WeightFormat
+
+GIB = 2**30
+CONFIG = TransformerConfig(
+    num_layers=48,
+    head_dim=128,
+    audio_head_dim=64,
+    cross_attention_dim=4096,
+    audio_cross_attention_dim=2048,
+    cross_attention_adaln=True,
+    apply_gated_attention=True,
+    caption_proj_before_connector=True,
+)
+ADAPTERS = {"av": 213_909_504, "video": 100_663_296}  # values of rank 32 on all attentions
+
+
+def full_size(mode: str, weights: str = "dense", low: bool = False) -> Footprint:
+    """LTX-2.3 at 768x512x49. low: adapters and moments in bf16."""
+    with torch.device("meta"):
+        sizes = weight_sizes(LTXTransformer(CONFIG, mode), WeightFormat(weights), torch.bfloat16)
+    shape = BatchShape(2688, 49 if mode == "av" else 0, 1024)
+    values = ADAPTERS[mode]
+    return Footprint(
+        blocks=48,
+        block=sizes.block,
+        rest=sizes.rest,
+        trained=values * (6 if low else 14),
+        gradients=values * (2 if low else 4),
+        kept=kept_bytes(CONFIG, shape, 2),
+        boundary=boundary_bytes(CONFIG, shape, 2),
+        forward=forward_operations(CONFIG, shape, 1),
+    )
+
+
+@pytest.mark.parametrize(("mode", "recomputed", "measured"), [("av", 0, 69.6), ("av", 48, 39.7), ("video", 0, 47.6)])
+def test_the_estimate_is_within_five_percent_of_the_measured_peak(mode, recomputed, measured):
+    assert full_size(mode).total(Choice(0, recomputed), 2) / GIB == pytest.approx(measured, rel=0.05)
+
+
+def test_a_forward_pass_computes_what_was_counted():
+    assert full_size("av").forward == pytest.approx(81.7e12, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("gib", "weights", "streams", "recomputes"),
+    [
+        (140, "dense", False, "none"),
+        (60, "dense", False, "some"),
+        (41, "dense", False, "all"),
+        (24, "dense", True, "all"),
+        (22, "fp8", True, "all"),
+        (16, "nf4", False, "all"),
+        (11.2, "fp8", True, "all"),
+        (11.2, "nf4", True, "all"),
+    ],
+)
+def test_recomputation_comes_before_streaming(gib, weights, streams, recomputes):
+    footprint = full_size("av", weights)
+    plan = settle(MemoryOptions(), footprint, gib * GIB)
+    options = plan.options
+    assert plan.fits and plan.predicted <= gib * GIB
+    assert bool(options.blocks_to_swap) == streams
+    share = {0: "none", 48: "all"}.get(options.recomputed_blocks, "some")
+    assert share == recomputes and options.checkpointing == (share != "none")
+    if streams:
+        fewer = Choice(options.blocks_to_swap - 1, 48)
+        assert footprint.total(fewer, 2) > gib * GIB - GIB, "as few blocks as it takes"
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        {"blocks_to_swap": 5, "checkpointing": False},
+        {"blocks_to_swap": 0},
+        {"checkpointing": True},
+        {"checkpointing": False},
+    ],
+)
+def test_what_was_typed_stays_in_every_plan(typed):
+    plan = settle(MemoryOptions(**typed), full_size("av"), 200 * GIB)
+    seen = 0
+    while plan is not None:
+        assert {name: getattr(plan.options, name) for name in typed} == typed
+        plan, seen = plan.tighter(), seen + 1
+    assert seen > 1 or len(typed) == 2
+
+
+def test_each_plan_needs_less_than_the_one_before():
+    plan = settle(MemoryOptions(), full_size("av"), 200 * GIB)
+    steps = []
+    while plan is not None:
+        steps.append((plan.predicted, plan.options.blocks_to_swap, plan.options.recomputed_blocks))
+        plan = plan.tighter()
+    assert steps == sorted(steps, key=lambda step: -step[0]) and len(steps) > 10
+    streaming = [step for step in steps if step[1]]
+    assert all(step[2] == 48 for step in streaming) and streaming[-1][1] == 47
+
+
+def test_the_table_says_where_the_memory_goes_and_how_long_a_step_takes():
+    plan = settle(MemoryOptions(), full_size("av", "fp8"), 11.2 * GIB, Speed(500e12, 55e9))
+    for words in ("blocks streamed", "ring for streamed blocks", "adapters and optimizer", "budget", "s/step"):
+        assert words in plan.table
+    seconds = float(plan.table.split("predicted")[1].split()[0])
+    assert 0.49 <= seconds <= 0.8
+
+
+def test_a_run_that_cannot_fit_says_so():
+    plan = settle(MemoryOptions(), full_size("av"), 4 * GIB)
+    assert not plan.fits and "does not fit" in plan.table and plan.tighter() is None
+
+
+def test_sampling_recomputes_nothing():
+    plan = settle(MemoryOptions(), full_size("av"), 24 * GIB, training=False)
+    assert plan.options.checkpointing is False and plan.options.blocks_to_swap > 0

@@ -1,0 +1,105 @@
+"""A run that does not fit is made to fit before its first step, and learns the same."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from ltx2_tuner.memory.streaming import BlockStore
+from ltx2_tuner.models.transformer import LTXTransformer
+from ltx2_tuner.training.loop import Trainer
+from tests.training.tiny import Clip, Recorder, make_trainer, write_checkpoint, write_workspace
+
+BLOCKS = 4
+
+
+@pytest.fixture(scope="module")
+def space(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rehearsal")
+    checkpoint = write_checkpoint(folder / "tiny.safetensors", layers=BLOCKS)
+    return write_workspace(folder, checkpoint, [Clip(sound=17), Clip(grid=(3, 4, 4), sound=9)])
+
+
+def train(space, *flags: object) -> tuple[Recorder, Trainer]:
+    recorder = Recorder()
+    common = ["--ltx2_mode", "av", "--network_dropout", 0.1, "--audio_loss_balance_mode", "ema_mag"]
+    trainer = make_trainer(space.arguments(*common, *flags), recorder)
+    trainer.train()
+    return recorder, trainer
+
+
+def same(first: tuple[Recorder, Trainer], second: tuple[Recorder, Trainer]) -> bool:
+    (one, left), (other, right) = first, second
+    losses = one.values("loss/current") == other.values("loss/current")
+    pairs = zip(left.run.network.parameters(), right.run.network.parameters())
+    return losses and all(torch.equal(*pair) for pair in pairs)
+
+
+def fail_until(monkeypatch, fits) -> list[tuple[int, int]]:
+    """Training passes run out of memory until `fits(streamed, recomputed)`; returns what was tried."""
+    tried, forward = [], LTXTransformer.forward
+
+    def limited(model, *arguments):
+        if model.training and torch.is_grad_enabled():
+            runner = model.block_runner
+            streamed = len(runner.streamed) if isinstance(runner, BlockStore) else 0
+            tried.append((streamed, len(model._checkpointed)))
+            if not fits(*tried[-1]):
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
+        return forward(model, *arguments)
+
+    monkeypatch.setattr(LTXTransformer, "forward", limited)
+    return tried
+
+
+@pytest.mark.parametrize("weights", [[], ["--fp8_base", "--fp8_scaled"], ["--nf4_base"]], ids=["full", "fp8", "nf4"])
+def test_it_recomputes_and_then_streams_until_it_fits(space, monkeypatch, caplog, weights):
+    plain = train(space, *weights)
+    caplog.set_level(logging.INFO)
+    tried = fail_until(monkeypatch, lambda streamed, recomputed: streamed >= 3)
+    found = train(space, *weights, "--vram_budget", 100)
+    assert tried[0] == (0, 0) and (0, 3) in tried and tried[-1][0] == 3, "fewer than the ring holds save nothing"
+    assert "memory plan: 3 of 4 blocks streamed, 4 recomputed" in caplog.text
+    assert same(plain, found)
+
+
+def test_some_blocks_may_be_enough(space, monkeypatch):
+    plain = train(space)
+    tried = fail_until(monkeypatch, lambda streamed, recomputed: recomputed >= 1)
+    found = train(space, "--vram_budget", 100)
+    assert tried[-1][0] == 0 and 0 < tried[-1][1] < BLOCKS
+    assert same(plain, found)
+
+
+def test_a_rehearsal_changes_nothing(space, monkeypatch):
+    plain = train(space)
+    rehearsed = []
+    rehearse = Trainer.rehearse
+    monkeypatch.setattr(Trainer, "rehearse", lambda trainer, batch: (rehearsed.append(batch), rehearse(trainer, batch)))
+    found = train(space, "--vram_budget", 100)
+    assert [batch["latents"]["latents"].shape[2:] for batch in rehearsed] == [(3, 4, 4)], "the largest bucket"
+    assert same(plain, found)
+
+
+def test_a_typed_flag_is_kept_and_the_failure_is_told(space, monkeypatch):
+    tried = fail_until(monkeypatch, lambda streamed, recomputed: False)
+    with pytest.raises(torch.OutOfMemoryError):
+        train(space, "--vram_budget", 100, "--blocks_to_swap", 1, "--no-gradient_checkpointing")
+    assert tried == [(1, 0)]
+
+
+def test_streamed_sets_can_change(space):
+    """Blocks come home and others leave, and the numbers stay."""
+    plain = train(space)
+    recorder = Recorder()
+    common = ["--ltx2_mode", "av", "--network_dropout", 0.1, "--audio_loss_balance_mode", "ema_mag"]
+    trainer = make_trainer(space.arguments(*common, "--blocks_to_swap", 1), recorder)
+    model = trainer.run.model
+    for streamed in ([0, 3], [1, 2, 3], [2]):
+        model.block_runner.restream(model.transformer_blocks, streamed)
+        assert model.block_runner.streamed == tuple(streamed)
+        assert len(model.block_runner._host) == len(streamed)
+    trainer.train()
+    assert same(plain, (recorder, trainer))
