@@ -54,6 +54,7 @@ def test_checkpoints_and_states_go_up_and_a_run_comes_back(tmp_path):
     assert (tmp_path / "rest" / name).read_bytes() == (space.output / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_hub_that_is_down_does_not_end_a_run(tmp_path):
     space = write_workspace(tmp_path, write_checkpoint(tmp_path / "tiny.safetensors"))
     done = run(space, "http://127.0.0.1:9", "--huggingface_repo_id", "me/loras", "--max_train_steps", 1)
