@@ -38,19 +38,23 @@ from ltx2_tuner.training.sigmas import SigmaSampler
 MEASURED = 3
 
 
-def choices(depth: int) -> dict[str, RegularizerOptions]:
-    """What is measured, by name."""
+def choices(depth: int) -> list[tuple[str, RegularizerOptions, str, bool]]:
+    """What is measured: name, options, mode, whether the batch has sound."""
+    nothing = RegularizerOptions()
+    dop = PreservationOptions(dop=1.0)
     crepa = CrepaOptions(student_block_idx=depth // 3, teacher_block_idx=2 * depth // 3)
     self_flow = SelfFlowOptions(student_block_ratio=0.3, teacher_block_ratio=0.7)
-    return {
-        "none": RegularizerOptions(),
-        "dop": RegularizerOptions(PreservationOptions(dop=1.0)),
-        "prior_divergence": RegularizerOptions(PreservationOptions(prior_divergence=0.1)),
-        "audio_dop": RegularizerOptions(PreservationOptions(audio_dop=0.5)),
-        "crepa": RegularizerOptions(crepa=crepa),
-        "crepa dop": RegularizerOptions(PreservationOptions(dop=1.0), crepa=crepa),
-        "self_flow": RegularizerOptions(self_flow=self_flow),
-    }
+    return [
+        ("none", nothing, "av", True),
+        ("none, no sound", nothing, "av", False),
+        ("none, video", nothing, "video", False),
+        ("dop", RegularizerOptions(dop), "av", True),
+        ("prior_divergence", RegularizerOptions(PreservationOptions(prior_divergence=0.1)), "av", True),
+        ("audio_dop", RegularizerOptions(PreservationOptions(audio_dop=0.5)), "av", False),
+        ("crepa", RegularizerOptions(crepa=crepa), "av", True),
+        ("crepa dop", RegularizerOptions(dop, crepa=crepa), "av", True),
+        ("self_flow", RegularizerOptions(self_flow=self_flow), "video", False),
+    ]
 
 
 class Bench:
@@ -130,18 +134,11 @@ def main(argv: list[str] | None = None) -> None:
     about = {"precision": args.precision, "blocks_to_swap": args.blocks_to_swap, "recompute": args.recompute}
     about |= {"frames": args.frames, "size": list(args.size), "rank": args.rank, "compiled": bench.plan.compiled}
     about["gpu"] = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    for name, options in choices(args.layers).items():
-        mode = "video" if options.self_flow is not None else args.mode
-        seconds, peak = bench.measure(options, mode, sound=mode == "av" and name != "audio_dop")
+    for name, options, mode, sound in choices(args.layers):
+        seconds, peak = bench.measure(options, mode, sound)
         line = {"regularizers": name, "mode": mode, "sec": round(seconds, 4)}
         line["peak_gib"] = None if peak is None else round(peak, 2)
         print(json.dumps(line | about), flush=True)
-        if name == "none" and mode == "av" and not isinstance(options.self_flow, SelfFlowOptions):
-            for label, sound, kind in (("none, no sound", False, "av"), ("none, video", False, "video")):
-                seconds, peak = bench.measure(options, kind, sound)
-                line = {"regularizers": label, "mode": kind, "sec": round(seconds, 4)}
-                line["peak_gib"] = None if peak is None else round(peak, 2)
-                print(json.dumps(line | about), flush=True)
 
 
 if __name__ == "__main__":

@@ -248,7 +248,7 @@ RUNS = {
 }
 
 
-# What whole runs in this process cover as well (tests/training/regularizers) is started as a script in slow tests alone.
+# What tests/training/regularizers covers within this process is started as a script in slow tests alone.
 @pytest.mark.parametrize(
     "name",
     [pytest.param(name, marks=() if name in ("preservation", "crepa", "ema") else pytest.mark.slow) for name in RUNS],

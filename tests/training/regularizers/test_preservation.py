@@ -118,9 +118,11 @@ def test_no_pass_more_than_documented(kind, sound, graphs):
     """The order of forwards, true for those with a backward pass."""
     bench = Bench(AVMode(OPTIONS, CPU))
     (member,) = [member for member in all_members(bench)[:1] + all_members(bench)[2:] if isinstance(member, kind)]
-    calls = count_calls(bench.model)
+    calls, observed = count_calls(bench.model), []
+    bench.model.register_forward_pre_hook(lambda model, _: observed.append(model.block_outputs is not None))
     bench.step(bench.regularizers(member), make_batch(sound=sound))
     assert calls == graphs
+    assert observed == graphs, "what makes a graph is observed, so never replayed from a recorded one"
 
 
 def test_the_network_is_on_again_after_an_exception():

@@ -129,10 +129,10 @@ class Regularizers:
     @contextlib.contextmanager
     def watching(self, work: Work) -> Iterator[None]:
         """The main forward runs within the block; the hidden states that members ask for are kept."""
-        wanted = {block for member in self.members for block in member.blocks()}
-        if not wanted:
+        if not self.members:
             yield
             return
+        wanted = {block for member in self.members for block in member.blocks()}
         task = work.prepared.video_task
 
         def keep(index: int, video: Tensor, _: Tensor | None) -> None:
