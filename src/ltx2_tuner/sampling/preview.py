@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ltx2_tuner import __version__
 from ltx2_tuner.errors import UserError
 from ltx2_tuner.media.write import write_image, write_video, write_wav
 from ltx2_tuner.models.transformer import LTXTransformer
@@ -23,6 +22,7 @@ from ltx2_tuner.sampling.contexts import PromptContext
 from ltx2_tuner.sampling.decode import looks_empty
 from ltx2_tuner.sampling.options import Request, SamplingOptions
 from ltx2_tuner.sampling.sampler import Sample, Sampler
+from ltx2_tuner.version import toolkit_version
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ def settings_of(request: Request) -> str:
         "video": dataclasses.asdict(request.video),
         "audio": dataclasses.asdict(request.audio),
         **{name: Path(path).name for name, path in media.items() if path},
-        "tool": f"ltx2-tuner {__version__}",
+        "tool": f"ltx2-tuner {toolkit_version()}",
     }
     return json.dumps(values, ensure_ascii=False)
 

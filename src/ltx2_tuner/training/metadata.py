@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from ltx2_tuner import __version__
+from ltx2_tuner.version import toolkit_version
 
 if TYPE_CHECKING:
     from ltx2_tuner.training.build import Sources, TrainingConfig
@@ -56,7 +56,7 @@ class RunMetadata:
         self._facts = {f"ss_{key}": value for key, value in facts.items()}
         self._facts["ss_training_started_at"] = time.time()
         self._facts["ss_training_comment"] = options.comment
-        self._facts["ss_toolkit_version"] = __version__
+        self._facts["ss_toolkit_version"] = toolkit_version()
 
     def at(self, step: int, epoch: int) -> dict[str, str]:
         """Metadata of a file saved after `step` optimizer steps in `epoch`; all values are strings."""
