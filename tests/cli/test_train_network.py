@@ -317,6 +317,13 @@ def test_preflight_tries_each_bucket_and_trains_nothing(tmp_path, checkpoint, ca
     assert not list(space.output.glob("*.safetensors"))
 
 
+def test_how_often_items_are_seen_is_told(space, caplog):
+    caplog.set_level("INFO")
+    flags = ("--preflight_only", "--max_train_steps", 12, "--gradient_accumulation_steps", 2)
+    assert main(space.arguments(*flags)) == 0
+    assert "3 items, 3 batches an epoch, 12 optimizer steps: every item is seen about 8.0 times" in caplog.text
+
+
 def test_tensorboard_gets_the_documented_names(tmp_path, checkpoint):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -142,7 +142,11 @@ def read_latent_cache(
     entries = load_container(path, RECACHE).get("latent_cache")
     if not isinstance(entries, list):
         raise UserError(f"{path}: holds no latent_cache list; {RECACHE}")
-    by_index = {entry.get("prompt_index"): entry for entry in entries if isinstance(entry, dict)}
+    by_index = {
+        entry["prompt_index"]: entry
+        for entry in entries
+        if isinstance(entry, dict) and isinstance(entry.get("prompt_index"), int)
+    }
     result = []
     for request in requests:
         entry = by_index.get(request.index, {})

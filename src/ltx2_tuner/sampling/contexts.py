@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import pickle
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -67,6 +66,8 @@ def read_prompt_cache(
         raise UserError(f"{path}: holds no prompt_cache list; {RECACHE}")
     if document.get("ltx_mode", mode) != mode:
         raise UserError(f"{path}: was made for mode {document['ltx_mode']}, this run is {mode}; {RECACHE}")
+    if not all(isinstance(entry, dict) for entry in entries):
+        raise UserError(f"{path}: an entry of its prompt_cache is no table; {RECACHE}")
     if len(entries) != len(requests):
         raise UserError(f"{path}: holds {len(entries)} prompts, the prompt file has {len(requests)}; {RECACHE}")
     return [_cached_context(path, entry, request, mode, widths) for entry, request in zip(entries, requests)]
@@ -76,7 +77,7 @@ def _cached_context(path: Path, entry: dict, request: Request, mode: str, widths
     for kind, wanted in (("prompt", request.prompt.prompt), ("negative_prompt", request.negative_prompt)):
         if kind == "negative_prompt" and not request.needs_negative:
             continue
-        found = entry.get(kind, "")
+        found = str(entry.get(kind, ""))
         if " ".join(found.split()) != " ".join(wanted.split()):
             raise UserError(f"{path}: sample {request.index}: {kind} is '{found}', expected '{wanted}'; {RECACHE}")
     video, audio = _split(path, entry, "prompt_embeds", request.index, mode, widths)
@@ -112,7 +113,7 @@ def load_container(path: Path, remedy: str) -> dict:
         document = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; {remedy}") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a damaged file makes the unpickler raise whatever its bytes happen to say
         raise UserError(f"{path}: is damaged or no cache of this toolkit; {remedy}") from error
     if not isinstance(document, dict):
         raise UserError(f"{path}: is no cache of this toolkit; {remedy}")
