@@ -67,12 +67,13 @@ def _rehearse(trainer: Trainer, batch: dict, bucket: tuple) -> str:
     if run.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(run.device)
     draws = TrainingDraws(DrawKey(run.loop.seed, run.rank, 0), run.draws.sampler, run.device)
-    prepared = run.mode.prepare(batch, draws)
-    with run.autocast():
-        video, audio = prepared.run(run.model)
-    loss = task_loss(prepared, video, audio, run.loss).total
+    work = run.regularizers.start(run.mode.prepare(batch, draws), batch, draws, trainer.max_steps // 2)
+    with run.autocast(), run.regularizers.watching(work):
+        video, audio = work.prepared.run(run.model)
+    loss = run.regularizers.add(work, task_loss(work.prepared, video, audio, run.loss), video, audio).total
     if loss.requires_grad:  # not where no adapter runs
         loss.backward()
+        run.regularizers.finish(work, torch.Tensor.backward)
     run.optimizer.zero_grad(set_to_none=True)
     memory = ""
     if run.device.type == "cuda":

@@ -184,6 +184,7 @@ class Trainer:
             self._learn(batch, self._draws(DrawKey(run.loop.seed, run.rank, 0)))
         finally:
             run.balancer, run.monitor = balancer, monitor
+            run.regularizers.metrics()  # those of the rehearsal are no step's
             restore_default_generators(states)
 
     def _draws(self, key: DrawKey) -> TrainingDraws:

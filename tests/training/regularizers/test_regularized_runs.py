@@ -258,6 +258,24 @@ def test_validation_and_previews_feed_nothing(tmp_path, checkpoint):
     assert len(checked.values("val_loss")) == 4
 
 
+def test_rehearsals_run_the_extra_passes_and_log_nothing(space):
+    """What is tried before the run takes the memory that steps will take; the run itself is unchanged."""
+    flags = [*CREPA, *EMA, "--prior_divergence"]
+    plain = train(space.arguments(*flags))
+    (space.output / "crepa_projector.safetensors").unlink()
+    trainer = make_trainer(space.arguments(*flags), recorder := Recorder())
+    forwards = []
+    trainer.run.model.transformer_blocks[0].register_forward_hook(lambda *_: forwards.append(1))
+    trainer.run.data.set_epoch(1)
+    trainer.rehearse(next(iter(trainer.run.data)))
+    assert len(forwards) == 3, "the teacher's, the plain model's and the main pass"
+    trainer.run.optimizer.zero_grad(set_to_none=True)
+    assert trainer.run.regularizers.metrics() == {}
+    trainer.train()
+    names = ("loss/current", "loss/crepa", "loss/self_flow", "loss/prior_div")
+    assert losses(plain, *names) == losses(recorder, *names)
+
+
 def test_the_start_tells_the_extra_passes(space, gemma, caplog):
     caplog.set_level(logging.INFO)
     write_prompts(space, gemma, "video")
