@@ -66,10 +66,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def build(args: argparse.Namespace, device: torch.device) -> tuple[LTXTransformer, LoRANetwork]:
-    """The LTX-2.3 transformer with random weights, and a LoRA on all its attentions."""
+def configuration(args: argparse.Namespace) -> TransformerConfig:
+    """LTX-2.3's, with as many layers and as wide heads as asked for."""
     head_dim = 128 // args.width_divisor
-    config = TransformerConfig(
+    return TransformerConfig(
         num_layers=args.layers,
         head_dim=head_dim,
         audio_head_dim=head_dim // 2,
@@ -79,8 +79,12 @@ def build(args: argparse.Namespace, device: torch.device) -> tuple[LTXTransforme
         apply_gated_attention=True,
         caption_proj_before_connector=True,
     )
+
+
+def build(args: argparse.Namespace, device: torch.device) -> tuple[LTXTransformer, LoRANetwork]:
+    """The transformer with random weights, and a LoRA on all its attentions."""
     with torch.device("meta"):
-        model = LTXTransformer(config, args.mode)
+        model = LTXTransformer(configuration(args), args.mode)
     place = block_placement(args.layers, args.blocks_to_swap, device)
     generator = torch.Generator(device).manual_seed(0)
     for path, module in list(model.named_modules()):
@@ -165,6 +169,10 @@ class Step:
         }
         self.parameters = list(self.network.parameters())
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, fused=device.type == "cuda")
+        self.prepare(args, device)
+
+    def prepare(self, args: argparse.Namespace, device: torch.device) -> None:
+        """Recomputation, streaming, compilation and recording."""
         memory = MemoryOptions(blocks_to_swap=args.blocks_to_swap, checkpointing=args.recompute == "full")
         self.model.enable_gradient_checkpointing(args.recompute == "cheap", keep_products=True)
         self.plan = prepare_model(self.model, memory, CompileOptions(enabled=args.compile), device)

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 
 import pytest
 import torch
 
-from ltx2_tuner.lora import LoRANetwork, Targets, select_layers
 from ltx2_tuner.memory.streaming import BlockStore, streamed_indices
-from ltx2_tuner.models.transformer import LTXTransformer
-from ltx2_tuner.quantization import is_quantisable
-from ltx2_tuner.quantization.formats import WeightFormat, freeze
 from ltx2_tuner.training.draws import ValidationDraws
-from tests.models.transformer import tiny
+from tests.memory.blocks import adapted, gradients
 from tests.training.tiny import Clip, Recorder, make_trainer, train, write_checkpoint, write_workspace
 
 BLOCKS = 4
@@ -120,30 +115,3 @@ def test_compiled_blocks_see_the_weights_that_are_there_in_the_backward_pass(wei
     for _ in range(2):
         for found, wanted in zip(gradients(model, network), expected):
             torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
-
-
-def adapted(weights: str) -> tuple[LTXTransformer, LoRANetwork]:
-    """Four random blocks whose matrices are frozen, and adapters that do something."""
-    generator = torch.Generator().manual_seed(0)
-    model = LTXTransformer(dataclasses.replace(tiny.model().config, num_layers=BLOCKS)).requires_grad_(False)
-    for parameter in model.parameters():
-        parameter.normal_(0, parameter.shape[-1] ** -0.5, generator=generator)
-    form = WeightFormat(weights, nf4_block_size=16)
-    for path, layer in list(model.named_modules()):
-        if isinstance(layer, torch.nn.Linear) and is_quantisable(f"{path}.weight", layer.weight.shape):
-            parent, _, name = path.rpartition(".")
-            bias = None if layer.bias is None else layer.bias.data
-            setattr(model.get_submodule(parent), name, freeze(path, layer.weight.data, bias, form, torch.float32))
-    network = LoRANetwork(select_layers(model, Targets("av", "t2v")), 4)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.normal_(0, 0.1, generator=generator)
-    network.attach(model)
-    return model.train(), network
-
-
-def gradients(model: LTXTransformer, network: LoRANetwork) -> list[torch.Tensor]:
-    network.zero_grad(set_to_none=True)
-    outputs = model(**tiny.inputs(model.config))
-    sum(output.square().sum() for output in outputs).backward()
-    return [parameter.grad.clone() for parameter in network.parameters()]

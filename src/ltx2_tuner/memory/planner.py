@@ -92,6 +92,12 @@ class Plan:
     speed: Speed | None
     rest: tuple[Choice, ...]
 
+    @property
+    def choice(self) -> Choice:
+        """What the options say."""
+        options = self.options
+        return Choice(options.blocks_to_swap, options.recomputed_blocks, options.checkpoint_offload)
+
     def tighter(self) -> Plan | None:
         """The next plan that needs clearly less memory, else one that streams more; None when there is none."""
         ring, streamed = self.options.ring_size, self.options.blocks_to_swap

@@ -1,0 +1,200 @@
+"""Seconds of a training step against a budget of device memory, at full size, with the planner choosing.
+
+Each budget is a process of its own under the allocator's limit; one JSON line each. Then `--draw` makes the picture.
+
+python benchmarks/frontier.py --budgets 8 12 16 24 32 48 80 140 --precisions bf16 fp8 nf4 > frontier.jsonl
+python benchmarks/frontier.py --draw frontier.jsonl docs/frontier.png
+python benchmarks/frontier.py --budgets 24 --precisions fp8 -- --lora_dtype bfloat16
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
+
+import torch
+
+from benchmarks import train_step
+from ltx2_tuner.lora import Targets, select_layers
+from ltx2_tuner.memory.activations import BatchShape, boundary_bytes, forward_operations, kept_bytes
+from ltx2_tuner.memory.options import CompileOptions, MemoryOptions
+from ltx2_tuner.memory.planner import Footprint, Plan, settle
+from ltx2_tuner.memory.prepare import prepare_model
+from ltx2_tuner.memory.sizes import weight_sizes
+from ltx2_tuner.memory.speed import measure_speed
+from ltx2_tuner.models.transformer import LTXTransformer
+from ltx2_tuner.training.acceleration import accelerate
+
+GB = 1e9
+CONTEXT = 0.5e9  # bytes that CUDA itself takes, outside of the allocator's limit
+COLOURS = {"bf16": (31, 119, 180), "fp8": (214, 90, 20), "fp8_compute": (140, 30, 120), "nf4": (30, 130, 60)}
+
+
+def footprint(args: argparse.Namespace, config) -> Footprint:
+    """What the benchmark's step needs."""
+    with torch.device("meta"):
+        model = LTXTransformer(config, args.mode)
+    sizes = weight_sizes(model, train_step.PRECISIONS[args.precision], torch.bfloat16)
+    layers = select_layers(model, Targets(args.mode, "audio" if args.mode == "audio" else "t2v"))
+    values = sum(args.rank * (layer.in_features + layer.out_features) for layer in layers.values())
+    adapter = 4 if args.lora_dtype == "float32" else 2
+    given = train_step.inputs(args, config, torch.device("cpu"))
+    tokens = {name: 0 if modality is None else modality.latent.shape[1] for name, modality in given.items()}
+    shape = BatchShape(tokens["video"], tokens["audio"], train_step.TEXT_TOKENS)
+    return Footprint(
+        blocks=sizes.blocks,
+        block=sizes.block,
+        rest=sizes.rest,
+        trained=values * (3 * adapter + 2),
+        gradients=values * adapter,
+        kept=kept_bytes(config, shape, 2),
+        boundary=boundary_bytes(config, shape, 2),
+        forward=forward_operations(config, shape, 1),
+    )
+
+
+class PlannedStep(train_step.Step):
+    """A step arranged by a plan."""
+
+    def __init__(self, args: argparse.Namespace, device: torch.device, plan: Plan) -> None:
+        args.blocks_to_swap = plan.options.blocks_to_swap  # where the weights are made
+        self.options = plan.options
+        super().__init__(args, device)
+
+    def prepare(self, args: argparse.Namespace, device: torch.device) -> None:
+        """Attention, recomputation, streaming and compilation as planned."""
+        self.plan = prepare_model(self.model, self.options, CompileOptions(enabled=args.compile), device)
+        self.graphs = None
+        if device.type == "cuda":
+            self.graphs = accelerate(self.model, self.network, self.plan, torch.bfloat16)
+
+
+def measure(args: argparse.Namespace, budget_gb: float) -> dict[str, object]:
+    """One point; `sec` is None where nothing fits the budget."""
+    device = torch.device(args.device)
+    on_cuda = device.type == "cuda"
+    if on_cuda:
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, max(budget_gb * GB - CONTEXT, 0) / total), device)
+    plan = settle(
+        MemoryOptions(), footprint(args, train_step.configuration(args)), budget_gb * GB, measure_speed(device)
+    )
+    failures = 0
+    while plan is not None:
+        seconds = _attempt(args, device, plan)
+        if seconds is not None:
+            return _line(args, budget_gb, plan, seconds, failures)
+        failures += 1
+        plan = plan.tighter()
+        if on_cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+    return _line(args, budget_gb, None, None, failures)
+
+
+def _attempt(args: argparse.Namespace, device: torch.device, plan: Plan) -> float | None:
+    try:
+        return train_step.measure(PlannedStep(args, device, plan), device)
+    except torch.OutOfMemoryError:
+        return None
+
+
+def _line(
+    args: argparse.Namespace, budget_gb: float, plan: Plan | None, seconds: float | None, failures: int
+) -> dict[str, object]:
+    on_cuda = args.device.startswith("cuda")
+    gib = 2**30
+    return {
+        "budget_gb": budget_gb,
+        "precision": args.precision,
+        "mode": args.mode,
+        "frames": args.frames,
+        "size": list(args.size),
+        "rank": args.rank,
+        "lora_dtype": args.lora_dtype,
+        "streamed": plan and plan.options.blocks_to_swap,
+        "recomputed": plan and plan.options.recomputed_blocks,
+        "sec": seconds and round(seconds, 4),
+        "predicted_sec": round(plan.footprint.seconds(plan.choice, plan.speed), 4) if plan and plan.speed else None,
+        "peak_gib": round(torch.cuda.max_memory_allocated() / gib, 2) if on_cuda else None,
+        "reserved_gib": round(torch.cuda.max_memory_reserved() / gib, 2) if on_cuda else None,
+        "predicted_gib": plan and round(plan.predicted / gib, 2),
+        "stepped_down": failures,
+        "gpu": torch.cuda.get_device_name() if on_cuda else "cpu",
+        "torch": torch.__version__,
+    }
+
+
+def draw(lines: list[dict[str, object]], path: Path) -> None:
+    """Both axes logarithmic; a line per precision."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    points = [line for line in lines if line["sec"]]
+    width, height, left, top, right, bottom = 900, 560, 80, 40, 140, 60
+    picture = Image.new("RGB", (width, height), "white")
+    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(14)
+    budgets, seconds = [p["budget_gb"] for p in points], [p["sec"] for p in points]
+
+    def place(value: float, values: list[float], start: int, end: int) -> float:
+        low, high = math.log(min(values) * 0.9), math.log(max(values) * 1.1)
+        return start + (math.log(value) - low) / (high - low) * (end - start)
+
+    def at(budget: float, second: float) -> tuple[float, float]:
+        return place(budget, budgets, left, width - right), place(second, seconds, height - bottom, top)
+
+    for budget in sorted(set(budgets)):
+        x = at(budget, seconds[0])[0]
+        pen.line([(x, top), (x, height - bottom)], (225, 225, 225))
+        pen.text((x, height - bottom + 8), f"{budget:g}", "black", font, anchor="ma")
+    for second in (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5):
+        if min(seconds) * 0.9 <= second <= max(seconds) * 1.1:
+            y = at(budgets[0], second)[1]
+            pen.line([(left, y), (width - right, y)], (225, 225, 225))
+            pen.text((left - 8, y), f"{second:g}", "black", font, anchor="rm")
+    for number, precision in enumerate(dict.fromkeys(p["precision"] for p in points)):
+        colour = COLOURS.get(precision, (60, 60, 60))
+        own = sorted((p["budget_gb"], p["sec"]) for p in points if p["precision"] == precision)
+        places = [at(*pair) for pair in own]
+        pen.line(places, colour, 3)
+        for x, y in places:
+            pen.ellipse((x - 4, y - 4, x + 4, y + 4), colour)
+        pen.text((width - right + 15, top + 22 * number), precision, colour, font)
+    pen.text((left, 12), "seconds of a training step against device memory (GB)", "black", font)
+    picture.quantize(32).save(path, optimize=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--budgets", type=float, nargs="+", default=[8, 12, 16, 24, 32, 48, 80, 140], help="GB")
+    parser.add_argument("--precisions", nargs="+", default=["bf16", "fp8", "nf4"])
+    parser.add_argument("--draw", nargs=2, metavar=("LINES", "PICTURE"))
+    parser.add_argument("--here", action="store_true", help="in this process: one budget, one precision")
+    parser.add_argument("more", nargs="*", help="flags of train_step.py, after --")
+    args = parser.parse_args(argv)
+    if args.draw:
+        text = Path(args.draw[0]).read_text(encoding="utf-8")
+        draw([json.loads(line) for line in text.splitlines() if line.startswith("{")], Path(args.draw[1]))
+        return 0
+    for precision in args.precisions:
+        for budget in args.budgets:
+            if args.here:
+                print(json.dumps(measure(_step_arguments(precision, args.more), budget)), flush=True)
+                continue
+            place = ["--here", "--budgets", str(budget), "--precisions", precision, "--", *args.more]
+            subprocess.run([sys.executable, __file__, *place], check=False)
+    return 0
+
+
+def _step_arguments(precision: str, more: list[str]) -> argparse.Namespace:
+    return train_step.parse_arguments(["--precision", precision, *more])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

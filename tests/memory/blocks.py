@@ -1,0 +1,47 @@
+"""A small model with frozen matrices and adapters, and the gradients of a pass through it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from ltx2_tuner.lora import LoRANetwork, Targets, select_layers
+from ltx2_tuner.models.transformer import LTXTransformer
+from ltx2_tuner.quantization import is_quantisable
+from ltx2_tuner.quantization.formats import WeightFormat, freeze
+from tests.models.transformer import tiny
+
+BLOCKS = 4
+
+
+def adapted(
+    weights: str, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[LTXTransformer, LoRANetwork]:
+    """Random blocks whose matrices are frozen, and adapters that do something."""
+    generator = torch.Generator().manual_seed(0)
+    model = LTXTransformer(dataclasses.replace(tiny.model().config, num_layers=BLOCKS)).requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.normal_(0, parameter.shape[-1] ** -0.5, generator=generator)
+    model.to(dtype)
+    form = WeightFormat(weights, nf4_block_size=16)
+    for path, layer in list(model.named_modules()):
+        if isinstance(layer, torch.nn.Linear) and is_quantisable(f"{path}.weight", layer.weight.shape):
+            parent, _, name = path.rpartition(".")
+            bias = None if layer.bias is None else layer.bias.data
+            setattr(model.get_submodule(parent), name, freeze(path, layer.weight.data, bias, form, dtype))
+    network = LoRANetwork(select_layers(model, Targets("av", "t2v")), 4)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.normal_(0, 0.1, generator=generator)
+    network.set_compute_dtype(dtype)
+    network.attach(model)
+    return model.to(device).train(), network.train()
+
+
+def gradients(model: LTXTransformer, network: LoRANetwork, device: str = "cpu") -> list[torch.Tensor]:
+    """Both velocities, and the gradient of every adapter matrix."""
+    network.zero_grad(set_to_none=True)
+    outputs = model(**{name: tiny.to(modality, device) for name, modality in tiny.inputs(model.config).items()})
+    sum(output.float().square().mean() for output in outputs).backward()
+    return [*(output.detach() for output in outputs), *(p.grad.clone() for p in network.parameters())]
