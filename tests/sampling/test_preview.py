@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import av
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 
 from ltx2_tuner.lora import LoRANetwork, Targets, select_layers
+from ltx2_tuner.models.transformer.attention_backends import sdpa
 from ltx2_tuner.models.video_vae import tiling
 from ltx2_tuner.sampling import decode
 from ltx2_tuner.sampling import sampler as sampling
@@ -108,3 +110,19 @@ def test_previews_use_the_adapter_as_it_stands(previewer, transformer):
     for _, adapter in network.adapters():
         torch.nn.init.normal_(adapter.lora_up.weight, std=0.3)
     assert pixels() != before
+
+
+@pytest.mark.parametrize("torch_attention", [False, True])
+def test_torch_attention_can_be_asked_for_while_sampling(previewer, transformer, torch_attention):
+    calls = []
+
+    def kernel(*tensors):
+        calls.append(1)
+        return sdpa(*tensors)
+
+    attention = transformer.transformer_blocks[0].attn1
+    attention.attend = kernel
+    sampler = previewer._sampler
+    sampler.options = dataclasses.replace(sampler.options, torch_attention=torch_attention)
+    previewer.sample(transformer, step=1)
+    assert bool(calls) != torch_attention and attention.attend is kernel

@@ -183,6 +183,7 @@ def sampling_options(
         disable_audio=args.sample_disable_audio,
         audio_subprocess=args.sample_audio_subprocess,
         clean_timesteps=args.sample_i2v_token_timestep_mask,
+        torch_attention=args.sample_disable_flash_attn,
         include_reference=args.sample_include_reference,
         strategy=strategy,
         two_stage=_two_stage(args),

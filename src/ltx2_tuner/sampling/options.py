@@ -76,7 +76,7 @@ class TwoStageOptions:
 
 @dataclasses.dataclass(frozen=True)
 class SamplingOptions:
-    """The run's defaults; sizes in pixels, rates in frames per second.
+    """The run's defaults; sizes in pixels, rates in frames per second. torch_attention: whatever backend training uses.
 
     strategy: none, v2v or audio_ref_only_ic, which decides what references count; None takes those that the mode can
     use.
@@ -101,6 +101,7 @@ class SamplingOptions:
     disable_audio: bool = False
     audio_subprocess: bool = True
     clean_timesteps: bool = True
+    torch_attention: bool = False
     include_reference: bool = False
     strategy: str | None = None
     two_stage: TwoStageOptions | None = None

@@ -148,7 +148,7 @@ class Sampler:
                 negative_positions=self.options.audio_ref_negative_positions,
             )
             audio = GuidedStream(stream, request.audio)
-        with self._autocast():
+        with self._autocast(), self._attention(transformer):
             video_tokens, audio_tokens = denoise(transformer, video, audio, sigmas, dtype=self.dtype, on_step=on_step)
         return Latents(
             None if video_noise is None else unpatchify_video(video_tokens, *video_noise.shape[2:]),
@@ -212,6 +212,9 @@ class Sampler:
         if self.options.distilled and request.steps == len(DISTILLED_SIGMAS) - 1:
             return torch.tensor(DISTILLED_SIGMAS)
         return ltx2_sigmas(request.steps)
+
+    def _attention(self, transformer: LTXTransformer) -> contextlib.AbstractContextManager:
+        return transformer.attention_backend("sdpa") if self.options.torch_attention else contextlib.nullcontext()
 
     def _autocast(self) -> contextlib.AbstractContextManager:
         if self.dtype == torch.float32:

@@ -5,8 +5,8 @@ B batch, T tokens, C latent channels, K distinct noise levels of a sample, W cha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -158,6 +158,18 @@ class LTXTransformer(nn.Module):
         attend = attention_function(name)
         for module in self._block_modules("all", ATTENTION_TARGETS):
             module.attend = attend
+
+    @contextmanager
+    def attention_backend(self, name: str) -> Iterator[None]:
+        """Another backend within the block, and afterwards what each attention had."""
+        modules = list(self._block_modules("all", ATTENTION_TARGETS))
+        before = [module.attend for module in modules]
+        self.set_attention_backend(name)
+        try:
+            yield
+        finally:
+            for module, attend in zip(modules, before):
+                module.attend = attend
 
     def split_attention(self, target: str, mode: str, query_chunk: int = 0) -> None:
         """Split the attentions of `target` (a key of ATTENTION_TARGETS) by "batch" or by "query" groups.
