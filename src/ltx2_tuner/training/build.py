@@ -24,7 +24,7 @@ from ltx2_tuner.lora.options import NetworkOptions
 from ltx2_tuner.memory.options import CompileOptions, MemoryOptions
 from ltx2_tuner.memory.prepare import block_placement, check_streamed
 from ltx2_tuner.models.transformer import TransformerConfig
-from ltx2_tuner.models.transformer.attention_backends import attention_function, usable_backend
+from ltx2_tuner.models.transformer.attention_backends import attention_function
 from ltx2_tuner.sampling.options import is_distilled
 from ltx2_tuner.training.balance import AudioBalancer
 from ltx2_tuner.training.base_weights import merge_base_weights
@@ -229,8 +229,6 @@ def build(
     """
     device = processes.device
     seed_default_generators(config.loop.seed, processes.rank)
-    attention = usable_backend(config.memory.attention, device)
-    config = replace(config, memory=replace(config.memory, attention=attention))
     config = replace(config, precision=_settle_precision(config, sources.checkpoint, device))
     plan = plan_memory(config, sources, device)
     config = settled(config, plan)

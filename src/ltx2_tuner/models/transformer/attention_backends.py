@@ -7,17 +7,12 @@ A backend maps q (B, Tq, H, D), k and v (B, Tk, H, D) and an optional additive m
 from __future__ import annotations
 
 import importlib
-import logging
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ltx2_tuner.errors import UserError
-
-logger = logging.getLogger(__name__)
-_TOLERANCE = 2e-2
 
 AttentionFunction = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
@@ -81,38 +76,3 @@ def attention_function(name: str) -> AttentionFunction:
         return build()
     except (ImportError, OSError, AttributeError) as error:
         raise UserError(f"--{name}: the package {package} does not load ({error}); install it or use --sdpa") from error
-
-
-def usable_backend(name: str, device: torch.device) -> str:
-    """`name`, or `sdpa` with a warning where the backend's kernel fails here or gives other numbers than torch's.
-
-    Raises:
-        UserError: the backend's package is not installed or does not load.
-    """
-    if name == "sdpa":
-        return name
-    attend = attention_function(name)
-    try:
-        error = _difference(attend, device)
-    except Exception as failure:  # whatever a third-party kernel raises on a card it does not know
-        logger.warning("--%s does not run on this device (%s); --sdpa is used", name, failure)
-        return "sdpa"
-    if not error <= _TOLERANCE:
-        logger.warning("--%s differs from torch's attention by %.2g; --sdpa is used", name, error)
-        return "sdpa"
-    return name
-
-
-def _difference(attend: AttentionFunction, device: torch.device) -> float:
-    """Largest relative difference from torch's attention, of outputs and input gradients, on random inputs."""
-    generator = torch.Generator().manual_seed(0)
-    results = []
-    for function in (attend, sdpa):
-        generator.manual_seed(0)
-        tensors = [torch.randn(2, 24, 2, 64, generator=generator) for _ in range(3)]
-        inputs = [tensor.to(device, torch.bfloat16).requires_grad_() for tensor in tensors]
-        output = function(*inputs)
-        output.float().square().sum().backward()
-        results.append([output.detach(), *(tensor.grad for tensor in inputs)])
-    pairs = [(one.float(), other.float()) for one, other in zip(*results)]
-    return max(float((one - other).abs().max() / other.abs().max()) for one, other in pairs)
