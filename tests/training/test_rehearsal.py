@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import collections
 import logging
 
 import pytest
 import torch
 
+from ltx2_tuner.errors import UserError
 from ltx2_tuner.memory.streaming import BlockStore
 from ltx2_tuner.models.transformer import LTXTransformer
 from ltx2_tuner.training.loop import Trainer
@@ -103,3 +105,18 @@ def test_streamed_sets_can_change(space):
         assert len(model.block_runner._host) == len(streamed)
     trainer.train()
     assert same(plain, (recorder, trainer))
+
+
+@pytest.mark.parametrize("share", [0.5, 1.5, 3.0])
+def test_a_save_that_does_not_fit_the_disk_stops_the_run_at_the_start(space, monkeypatch, caplog, share):
+    arguments = space.arguments("--ltx2_mode", "av", "--save_state")
+    values = sum(parameter.numel() for parameter in make_trainer(arguments).run.network.parameters())
+    save = values * 4 * (2 + 3)  # two files, and a state of the adapter with two moments
+    usage = collections.namedtuple("usage", "total used free")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(0, 0, round(share * save)))
+    if share < 1:
+        with pytest.raises(UserError, match="GB are free and a save takes"):
+            make_trainer(arguments)
+    else:
+        make_trainer(arguments)
+        assert ("room for one" in caplog.text) == (share < 2)

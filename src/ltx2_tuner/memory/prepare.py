@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ltx2_tuner.errors import UserError
+from ltx2_tuner.memory.attention_check import usable_backend
 from ltx2_tuner.memory.compilation import CACHE_ENTRIES, compile_blocks, compiler_works
 from ltx2_tuner.memory.offload import ActivationOffload
 from ltx2_tuner.memory.options import CompileOptions, MemoryOptions
@@ -64,7 +65,7 @@ def prepare_model(
     model: LTXTransformer, options: MemoryOptions, compilation: CompileOptions, device: torch.device
 ) -> MemoryPlan:
     """Apply the options to a model whose adapters are attached."""
-    model.set_attention_backend(options.attention)
+    model.set_attention_backend(usable_backend(options.attention, device))
     if options.split_attention != "none":
         model.split_attention(options.split_attention, options.split_mode or "batch", options.split_chunk)
     if options.ffn_chunk_size:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from ltx2_tuner.models.transformer.attention_backends import attention_function
 from ltx2_tuner.sampling.options import is_distilled
 from ltx2_tuner.training.balance import AudioBalancer
 from ltx2_tuner.training.base_weights import merge_base_weights
-from ltx2_tuner.training.footprint import largest_batch, plan_memory, settled
+from ltx2_tuner.training.footprint import largest_batch, moment_bytes, plan_memory, settled
 from ltx2_tuner.training.guard import NonFiniteGuard
 from ltx2_tuner.training.loftq import LoftQStart, keep_start
 from ltx2_tuner.training.logs import Trackers
@@ -52,6 +52,7 @@ from ltx2_tuner.training.regularizers.build import Setting, check_regularizers, 
 from ltx2_tuner.training.regularizers.prompts import PreservationPrompts
 from ltx2_tuner.training.rehearsal import Arrangement, rehearse
 from ltx2_tuner.training.saver import RunSaver
+from ltx2_tuner.training.saving import check_free_disk
 from ltx2_tuner.training.schedulers import SchedulerOptions, create_scheduler
 from ltx2_tuner.training.silence import find_silence
 from ltx2_tuner.training.state import newest_state, read_manifest, remove_leftovers
@@ -288,6 +289,8 @@ def build(
         validator = Validator(model, mode, items, draws.sampler, loop.seed, device)
     others = {extra.name: extra.module for extra in regularizers.trained()}
     parameters, names = trained_parameters(network, optimizer, others)
+    if processes.is_main:
+        _check_disk(config, parameters)
     run = Run(
         device=device,
         rank=processes.rank,
@@ -337,6 +340,14 @@ def _audio_plan(config: TrainingConfig, share: float) -> str:
     elif config.regularizers.preservation.audio_dop is not None:
         without_sound = "the plain model's sound (--audio_dop)"
     return audio_plan(share, without_sound=without_sound, balance=config.loss.balance.mode)
+
+
+def _check_disk(config: TrainingConfig, parameters: Sequence[torch.nn.Parameter]) -> None:
+    values = sum(parameter.numel() for parameter in parameters)
+    itemsize = config.adapter_dtype.itemsize
+    wanted = config.save.state or config.save.state_on_train_end
+    state = values * itemsize + moment_bytes(config.optimizer.type, values, itemsize)
+    check_free_disk(config.save, values, state if wanted else 0)
 
 
 def _largest(config: TrainingConfig, sources: Sources, trainer: Trainer) -> dict:

@@ -155,6 +155,28 @@ def rotated_out(
     return None
 
 
+def check_free_disk(options: SaveOptions, trained: int, state: int) -> None:
+    """Refuse to start a run whose first checkpoint or state would not fit on the disk; warn where two would not.
+
+    Args:
+        trained: values of the adapter. state: bytes of a saved state, 0 where none is saved.
+
+    Raises:
+        UserError: too little is free.
+    """
+    files_each = options.comfy + (options.original or not options.comfy)
+    needed = trained * PRECISIONS[options.precision].itemsize * files_each + state
+    try:
+        free = shutil.disk_usage(options.output_dir).free
+    except OSError:
+        return
+    message = f"--output_dir {options.output_dir}: {free / 1e9:.3g} GB are free and a save takes {needed / 1e9:.3g} GB"
+    if free < needed:
+        raise UserError(f"{message}; make room or name another disk")
+    if free < 2 * needed:
+        logger.warning("%s: there is room for one; make room or use --save_last_n_steps", message)
+
+
 def with_suffix(base: Path, suffix: str) -> Path:
     """Append a suffix; unlike Path.with_suffix, dots in the name stay."""
     return base.with_name(base.name + suffix)
