@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 _SHARE = 0.95  # of the free memory; the rest is for what other programs take meanwhile
 _TEXT_TOKENS = 1024  # of a cached prompt
 _GB = 1e9
+_CONTEXT = 0.5e9  # bytes that CUDA itself takes, outside of the allocator
 _CROWDED = 2**30  # bytes that other programs may have before they are mentioned
 
 
@@ -38,6 +39,9 @@ def plan_memory(config: TrainingConfig, sources: Sources, device: torch.device) 
         free, total = torch.cuda.mem_get_info(device)
         if total - free > _CROWDED:
             logger.warning("other programs use %.1f GiB of the GPU's memory", (total - free) / 2**30)
+        if budget:
+            # A budget is kept: the allocator stops at it, and so the rehearsal proves it.
+            torch.cuda.set_per_process_memory_fraction(min(1.0, max(budget - _CONTEXT, 0) / total), device)
         budget = min(budget, free) if budget else free * _SHARE
     plan = settle(options, estimate(config, sources), budget, measure_speed(device))
     (logger.info if plan.fits else logger.warning)("%s", plan.table)
