@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 from ltx2_tuner.checkpoint import Checkpoint, check_version
+from ltx2_tuner.checkpoint.modules import check_present
 from ltx2_tuner.cli import values
 from ltx2_tuner.cli.arguments_gemma import add_gemma_arguments, check_gemma, gemma_options
 from ltx2_tuner.cli.arguments_network import strategy_name
@@ -162,8 +163,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             generator.make([settle(number, prompt, options, num_blocks=generator.num_blocks)])
         return 0
     prompts = read_prompts(args.sample_prompts) if args.sample_prompts else [_typed(args)]
-    generator.make([settle(i, prompt, options, num_blocks=generator.num_blocks) for i, prompt in enumerate(prompts)])
-    return 0
+    requests = [settle(i, prompt, options, num_blocks=generator.num_blocks) for i, prompt in enumerate(prompts)]
+    return generator.make(requests)
 
 
 def _options(args: argparse.Namespace, version: str) -> SamplingOptions:
@@ -220,11 +221,15 @@ class _Generator:
         self._args, self._checkpoint, self._sampler = args, checkpoint, sampler
         self._device, self._dtype = device, dtype
         self._transformer = None
+        check_present(checkpoint, "transformer")
         self.num_blocks = checkpoint.config["transformer"]["num_layers"]
 
-    def make(self, requests: list[Request]) -> None:
+    def make(self, requests: list[Request]) -> int:
+        """Make what can be made; the exit status is 1 where a request was left out."""
         contexts = self._contexts(requests)
         conditionings = self._conditionings(requests)
+        if all(conditioning.failed for conditioning in conditionings):
+            return 1
         transformer = self._load_transformer(requests)
         sampler, offload = self._sampler, self._sampler.options.offload
         for request, context, conditioning in zip(requests, contexts, conditionings):
@@ -239,6 +244,7 @@ class _Generator:
                 release_memory()
             for path in _write(self._args, sampler, latents, request):
                 print(path, flush=True)
+        return int(any(conditioning.failed for conditioning in conditionings))
 
     def _contexts(self, requests: list[Request]) -> list[PromptContext]:
         args, mode = self._args, self._args.ltx2_mode

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 
 from ltx2_tuner.checkpoint import Checkpoint, load_audio_decoder, load_video_decoder, load_vocoder
+from ltx2_tuner.checkpoint.modules import check_present
 from ltx2_tuner.models.transformer import LTXTransformer
 from ltx2_tuner.models.transformer.tokens import audio_latent_length, unpatchify_audio, unpatchify_video
 from ltx2_tuner.models.video_vae import VideoVAEConfig
@@ -75,7 +76,11 @@ class Sampler:
         self._vae_dtype = vae_dtype
         self._video_decoder: torch.nn.Module | None = None
         self._audio_modules: tuple[torch.nn.Module, torch.nn.Module] | None = None
-        config = VideoVAEConfig.from_dict(self._vae_checkpoint.config["vae"])
+        if options.makes_video:
+            check_present(self._vae_checkpoint, "video_decoder")
+        if options.makes_audio:
+            check_present(checkpoint, "audio_decoder")
+        config = VideoVAEConfig.from_dict(self._vae_checkpoint.config.get("vae", {}))
         self._grid = Grid(config.spatial_scale, config.temporal_scale)
         if options.two_stage is not None:
             self._refiner = Refiner(options.two_stage, self._vae_checkpoint, device, dtype)
