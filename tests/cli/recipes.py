@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import io
+import logging
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import av
@@ -75,16 +80,49 @@ def write_sound(path: Path, pitch: float, seconds: float = 0.6) -> None:
         container.mux([*stream.encode(frame), *stream.encode(None)])
 
 
-def run(script: str, *arguments: object, cwd: Path, launcher: tuple[object, ...] = (), status: int = 0):
-    """A script of the repository, started in a project folder; returns the finished process."""
-    command = [sys.executable, *launcher, ROOT / script, *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(
-        [str(part) for part in command], cwd=cwd, capture_output=True, text=True, encoding="utf-8", env=environment
-    )
+@dataclass(frozen=True)
+class Finished:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def run(script: str, *arguments: object, cwd: Path, launcher: tuple[object, ...] = (), status: int = 0) -> Finished:
+    """A script of the repository, started in a project folder.
+
+    Without a launcher it runs in this process: each start of Python and torch takes seconds.
+    """
+    words = [str(argument) for argument in arguments]
+    done = _launch(script, words, cwd, launcher) if launcher else _call(script, words, cwd)
     assert done.returncode == status, f"{script}\n{done.stdout}\n{done.stderr}"
     assert "Traceback" not in done.stderr, done.stderr
     return done
+
+
+def _launch(script: str, words: list[str], cwd: Path, launcher: tuple[object, ...]) -> Finished:
+    command = [sys.executable, *map(str, launcher), str(ROOT / script), *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, encoding="utf-8", env=environment)
+    return Finished(done.returncode, done.stdout, done.stderr)
+
+
+def _call(script: str, words: list[str], cwd: Path) -> Finished:
+    main = importlib.import_module(f"ltx2_tuner.cli.{script.removesuffix('.py')}").main
+    out, err = io.StringIO(), io.StringIO()
+    root, handler = logging.getLogger(), logging.StreamHandler(err)
+    handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
+    level = root.level
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+    try:
+        with contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            status = main(words)
+    except SystemExit as stop:
+        status = stop.code
+    finally:
+        root.removeHandler(handler)
+        root.setLevel(level)
+    return Finished(status, out.getvalue(), err.getvalue())
 
 
 LAUNCH = (
