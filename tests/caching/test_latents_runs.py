@@ -338,17 +338,22 @@ def test_a_full_disk_stops_the_run_and_the_next_goes_on(world, capsys, monkeypat
 
 
 def test_conditioning_of_sample_prompts(world):
+    """Reference videos belong to mode video, reference sound to the modes with sound."""
     clip = world.add_clip("a.mp4", 20, seconds=0.8)
     world.configure(target_frames=[9])
     prompts = world.folder / "prompts.txt"
     prompts.write_text(f"a cat\na dog --w 64 --h 64 --v {clip} --ra {clip}\n", encoding="utf-8")
-    assert world.run("--precache_sample_latents", "--sample_prompts", prompts, mode="av") == 0
-    cached = torch.load(world.cache / "ltx2_sample_latents_cache.pt", weights_only=True)
-    (entry,) = cached["latent_cache"]
-    assert (cached["version"], entry["prompt_index"], entry["width"], entry["height"]) == (1, 1, 64, 64)
-    assert entry["v2v_ref_latent"].shape == (1, 8, 1, 2, 2)
-    assert entry["ref_audio_latent"].shape[0::3] == (1, 16)
-    assert entry["v2v_ref_path"] == entry["ref_audio_path"] == str(clip)
+    shapes = {"video": ("v2v_ref", (1, 8, 1, 2, 2)), "av": ("ref_audio", (1, 2, None, 16))}
+    for mode, (kind, shape) in shapes.items():
+        assert world.run("--precache_sample_latents", "--sample_prompts", prompts, mode=mode) == 0
+        cached = torch.load(world.cache / "ltx2_sample_latents_cache.pt", weights_only=True)
+        (entry,) = cached["latent_cache"]
+        assert (cached["version"], entry["prompt_index"], entry["width"], entry["height"]) == (1, 1, 64, 64)
+        found = entry[f"{kind}_latent"].shape
+        assert len(found) == len(shape)
+        assert all(wanted in (None, size) for wanted, size in zip(shape, found))
+        assert entry[f"{kind}_path"] == str(clip)
+        assert sum(key.endswith("_latent") for key in entry) == 1
 
 
 def test_the_manifest_names_the_caches(world):
