@@ -12,7 +12,7 @@ import torch
 from ltx2_tuner.checkpoint import Checkpoint, component_id, write_tiny_checkpoint
 from ltx2_tuner.cli.config_file import parse_with_config
 from ltx2_tuner.cli.ltx2_train_network import build_parser
-from ltx2_tuner.cli.regularizers import preservation_prompts
+from ltx2_tuner.cli.regularizers import blank_prompt, preservation_prompts
 from ltx2_tuner.cli.training_config import training_config
 from ltx2_tuner.data.cache_files import write_audio, write_latents, write_text
 from ltx2_tuner.models.transformer import TransformerConfig
@@ -145,7 +145,8 @@ def make_trainer(arguments: Sequence[str], recorder: Recorder | None = None, sam
     config.save.output_dir.mkdir(parents=True, exist_ok=True)
     sources = open_sources(config, processes)
     prompts = preservation_prompts(args, config, sources, processes)
-    return build(config, processes, sources, recorder or Recorder(), sampler, prompts=prompts)
+    blank = blank_prompt(args, config, sources, processes)
+    return build(config, processes, sources, recorder or Recorder(), sampler, prompts=prompts, blank=blank)
 
 
 def train(arguments: Sequence[str], sampler=None) -> Recorder:

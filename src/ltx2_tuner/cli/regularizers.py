@@ -16,7 +16,7 @@ from ltx2_tuner.errors import did_you_mean
 from ltx2_tuner.training.build import Processes, Sources, TrainingConfig
 from ltx2_tuner.training.regularizers import CrepaOptions, PreservationOptions, RegularizerOptions, SelfFlowOptions
 from ltx2_tuner.training.regularizers.options import keys_of
-from ltx2_tuner.training.regularizers.prompts import PreservationPrompts, encode_prompts, read_prompts
+from ltx2_tuner.training.regularizers.prompts import PreservationPrompts, Prompt, encode_prompts, read_prompts
 
 logger = logging.getLogger(__name__)
 
@@ -131,13 +131,20 @@ def _strength(name: str, default: float, text: str | None, errors: list[str]) ->
 
 def _check_prompts(args: argparse.Namespace, options: PreservationOptions, errors: list[str]) -> None:
     """Where the prompts of blank preservation and DOP come from, and what is odd about them."""
-    if args.use_precached_preservation and not options.needs_prompts:
+    drops_to_blank = drops_captions_to_blank(args)
+    if args.use_precached_preservation and not (options.needs_prompts or drops_to_blank):
         logger.warning("--use_precached_preservation has no effect without --blank_preservation or --dop")
     if args.preservation_prompts_cache and not args.use_precached_preservation:
         logger.warning("--preservation_prompts_cache has no effect without --use_precached_preservation")
+    has_source = args.use_precached_preservation or args.gemma_root or args.gemma_safetensors
+    if drops_to_blank and not has_source:
+        errors.append(
+            "--caption_dropout_mode empty needs --gemma_root, --gemma_safetensors or --use_precached_preservation to "
+            "know the empty prompt's embedding"
+        )
     if not options.needs_prompts:
         return
-    if not (args.use_precached_preservation or args.gemma_root or args.gemma_safetensors):
+    if not has_source:
         errors.append(
             "--blank_preservation and --dop need --gemma_root, --gemma_safetensors or --use_precached_preservation to "
             "know their prompts"
@@ -157,8 +164,34 @@ def preservation_prompts(
         UserError: the cache file or Gemma does not fit.
     """
     options = config.regularizers.preservation
-    if not options.needs_prompts:
+    return _prompts(args, config, sources, processes, options) if options.needs_prompts else None
+
+
+def drops_captions_to_blank(args: argparse.Namespace) -> bool:
+    """Whether dropped captions become the empty prompt."""
+    return bool(args.caption_dropout_rate) and args.caption_dropout_mode == "empty"
+
+
+def blank_prompt(
+    args: argparse.Namespace, config: TrainingConfig, sources: Sources, processes: Processes
+) -> Prompt | None:
+    """The empty prompt that dropped captions become; None where they become zeros, or where none is dropped.
+
+    Raises:
+        UserError: the cache file or Gemma does not fit.
+    """
+    if not drops_captions_to_blank(args):
         return None
+    return _prompts(args, config, sources, processes, PreservationOptions(blank=1.0)).blank
+
+
+def _prompts(
+    args: argparse.Namespace,
+    config: TrainingConfig,
+    sources: Sources,
+    processes: Processes,
+    options: PreservationOptions,
+) -> PreservationPrompts:
     if args.use_precached_preservation:
         given = args.preservation_prompts_cache
         path = Path(given).expanduser() if given else config.data.datasets[0].cache_directory / PRESERVATION_NAME

@@ -44,8 +44,6 @@ def training_config(
         UserError: every mistake of the flags in one message; or those of the dataset file.
     """
     errors: list[str] = []
-    if args.caption_dropout_rate and args.caption_dropout_mode == "empty":
-        errors.append("--caption_dropout_mode empty is not available in this version yet; use zero")
     errors += training.check_training(args, needs_data=slider is None)
     errors += memory.check_memory(args)
     errors += output.check_output(args)

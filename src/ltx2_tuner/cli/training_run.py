@@ -17,7 +17,7 @@ import torch
 from ltx2_tuner.cli import values
 from ltx2_tuner.cli.config_file import write_effective
 from ltx2_tuner.cli.previews import make_previewer
-from ltx2_tuner.cli.regularizers import preservation_prompts
+from ltx2_tuner.cli.regularizers import blank_prompt, preservation_prompts
 from ltx2_tuner.cli.run_record import RunRecord
 from ltx2_tuner.compat import prepare_torchaudio
 from ltx2_tuner.errors import UserError
@@ -60,6 +60,7 @@ def carry_out(
     config = _fetch_state(args, config, processes)
     previewer = make_previewer(args, config, sources, processes, encoder) if args.sample_prompts else None
     prompts = preservation_prompts(args, config, sources, processes)
+    blank = blank_prompt(args, config, sources, processes)
     record = RunRecord(args, config, processes, command) if processes.is_main and not args.preflight_only else None
     trackers = Trackers(
         config.logs,
@@ -69,7 +70,7 @@ def carry_out(
         wandb_key=args.wandb_api_key,
     )
     try:
-        trainer = build(config, processes, sources, trackers, previewer, make_trainer, prompts)
+        trainer = build(config, processes, sources, trackers, previewer, make_trainer, prompts, blank)
         if args.preflight_only:
             for line in preflight(trainer, sources):
                 print(line)

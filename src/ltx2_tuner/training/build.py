@@ -35,6 +35,7 @@ from ltx2_tuner.training.logs import Trackers
 from ltx2_tuner.training.loop import Run, Sampler, Trainer
 from ltx2_tuner.training.metadata import MetadataOptions, RunMetadata, training_facts
 from ltx2_tuner.training.modes import MODES, Compute, Mode, ModeOptions
+from ltx2_tuner.training.modes.streams import Text
 from ltx2_tuner.training.network import trained_parameters
 from ltx2_tuner.training.optimizers import OptimizerOptions, create_optimizer, describe_optimizer, scheduler_warnings
 from ltx2_tuner.training.options import (
@@ -49,7 +50,7 @@ from ltx2_tuner.training.options import (
 from ltx2_tuner.training.random import seed_default_generators
 from ltx2_tuner.training.regularizers import RegularizerOptions
 from ltx2_tuner.training.regularizers.build import Setting, check_regularizers, make_regularizers
-from ltx2_tuner.training.regularizers.prompts import PreservationPrompts
+from ltx2_tuner.training.regularizers.prompts import PreservationPrompts, Prompt
 from ltx2_tuner.training.rehearsal import Arrangement, rehearse
 from ltx2_tuner.training.saver import RunSaver
 from ltx2_tuner.training.saving import check_free_disk
@@ -221,12 +222,14 @@ def build(
     sampler: Sampler | None = None,
     make_trainer: Callable[[Run], Trainer] = Trainer,
     prompts: PreservationPrompts | None = None,
+    blank: Prompt | None = None,
 ) -> Trainer:
     """Load the weights and make the trainer, resumed where the configuration asks for it.
 
     Args:
         sampler: makes previews; its prompts are encoded already, so that Gemma and the transformer never meet.
         prompts: embeddings of the preservation prompts, where the regularizers need any.
+        blank: the empty prompt, where dropped captions become it and not zeros.
     """
     device = processes.device
     seed_default_generators(config.loop.seed, processes.rank)
@@ -256,7 +259,7 @@ def build(
         pin_memory=device.type == "cuda",
     )
     loop = _settle_length(config.loop, len(data))
-    mode, autocast = _make_mode(config, sources, device), _autocast(device, config.mixed_precision)
+    mode, autocast = _make_mode(config, sources, device, blank), _autocast(device, config.mixed_precision)
     rates = config.optimizer
     regularizers = make_regularizers(
         config.regularizers,
@@ -423,8 +426,8 @@ def _settle_length(loop: LoopOptions, batches: int) -> LoopOptions:
     return replace(loop, max_steps=loop.max_epochs * math.ceil(batches / loop.accumulation))
 
 
-def _make_mode(config: TrainingConfig, sources: Sources, device: torch.device) -> Mode:
-    compute = Compute(device, config.dtype)
+def _make_mode(config: TrainingConfig, sources: Sources, device: torch.device, blank: Prompt | None) -> Mode:
+    compute = Compute(device, config.dtype, None if blank is None else Text(blank.video, blank.audio, blank.mask))
     options = replace(config.modes, audio_width=sources.model.audio_in_channels)
     mode = MODES[config.mode, config.strategy]
     if not options.silence_regularizer:
