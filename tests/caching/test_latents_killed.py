@@ -44,10 +44,13 @@ if __name__ == "__main__":
     assert os.waitpid(child, 0)[1] == 0
     length = time.monotonic() - begin
     killed_at_work, journal = 0, Path(job["journal"])
-    for _ in range(job["kills"]):
+    # Later runs can be much faster than the one that was timed: go on, sooner, until a kill hits a run at work.
+    for attempt in range(job["kills"] + 20):
+        if attempt >= job["kills"] and killed_at_work:
+            break
         child = start(job["arguments"])
         if journal.exists() or until_work(child, journal):
-            time.sleep(draw.uniform(0, length))
+            time.sleep(draw.uniform(0, length if attempt < job["kills"] else length / 8))
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
         killed_at_work += journal.exists()

@@ -133,16 +133,20 @@ def test_memory_flags_change_little(models, tmp_path, flags, tolerance):
         assert difference > 1e-4, "the weights were not quantised"
 
 
-def test_saved_latents_decode_to_the_same_clip(models, tmp_path):
+def test_saved_latents_decode_to_the_same_clip(models, tmp_path, monkeypatch):
+    written = []  # before the encoder, which makes much of a last bit
+    monkeypatch.setattr(
+        "ltx2_tuner.sampling.preview.write_video", lambda path, frames, *_, **__: written.append(np.asarray(frames))
+    )
     generate(models, tmp_path / "a", "--prompt", "a cat", "--output_type", "both")
     saved = next((tmp_path / "a").glob("*_latent.safetensors"))
     shared = ("--ltx2_checkpoint", models / "tiny 2.3.safetensors", "--output_dir", tmp_path / "b", *EXACT)
     assert run(*shared, "--latent_path", saved).returncode == 0
-    clips = [next((tmp_path / name).glob("*.mp4")) for name in "ab"]
-    frames = [[frame.to_ndarray(format="rgb24") for frame in av.open(str(clip)).decode(video=0)] for clip in clips]
-    assert len(frames[0]) == len(frames[1]) == 9
-    # The last bit of a convolution depends on where its buffers lie; an 8-bit level may round the other way.
-    assert np.abs(np.stack(frames[0]).astype(int) - np.stack(frames[1])).max() <= 2
+    made, decoded = (frames.astype(int) for frames in written)
+    assert made.shape == decoded.shape == (9, 64, 64, 3)
+    # The last bit of a convolution depends on where its buffers lie: few levels may round the other way.
+    assert np.abs(made - decoded).max() <= 1
+    assert (made != decoded).mean() < 0.01
 
 
 @pytest.mark.parametrize(
