@@ -14,7 +14,7 @@ from ltx2_tuner.cli.training_config import training_config
 from ltx2_tuner.data.cache_files import write_audio, write_latents
 from ltx2_tuner.errors import UserError
 from ltx2_tuner.files import write_safetensors
-from ltx2_tuner.training.build import Processes, open_sources
+from ltx2_tuner.training.sources import Processes, open_sources
 from tests.training.tiny import Clip, Workspace, write_checkpoint, write_workspace
 
 

@@ -11,8 +11,9 @@ from ltx2_tuner.cli import ltx2_train_slider as script
 from ltx2_tuner.cli.config_file import parse_with_config
 from ltx2_tuner.cli.training_config import training_config
 from ltx2_tuner.text_encoding import write_tiny_gemma
-from ltx2_tuner.training.build import Processes, build
+from ltx2_tuner.training.build import build
 from ltx2_tuner.training.sliders import SliderTrainer
+from ltx2_tuner.training.sources import Processes
 from tests.training.tiny import Clip, Recorder, write_caches
 
 FLAGS = (

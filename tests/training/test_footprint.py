@@ -8,8 +8,8 @@ import torch
 from ltx2_tuner.cli.config_file import parse_with_config
 from ltx2_tuner.cli.ltx2_train_network import build_parser
 from ltx2_tuner.cli.training_config import training_config
-from ltx2_tuner.training.build import Processes, open_sources
 from ltx2_tuner.training.footprint import estimate
+from ltx2_tuner.training.sources import Processes, open_sources
 from tests.training.tiny import Clip, make_trainer, write_workspace
 
 

@@ -16,8 +16,9 @@ from ltx2_tuner.cli.regularizers import blank_prompt, preservation_prompts
 from ltx2_tuner.cli.training_config import training_config
 from ltx2_tuner.data.cache_files import write_audio, write_latents, write_text
 from ltx2_tuner.models.transformer import TransformerConfig
-from ltx2_tuner.training.build import Processes, build, open_sources
+from ltx2_tuner.training.build import build
 from ltx2_tuner.training.loop import Trainer
+from ltx2_tuner.training.sources import Processes, open_sources
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from ltx2_tuner.cli.parser import Parser, entry_point
 from ltx2_tuner.cli.references import check_reference_lengths
 from ltx2_tuner.cli.training_config import training_config
 from ltx2_tuner.cli.training_run import carry_out, command_words, join_processes, mixed_precision
-from ltx2_tuner.training.build import open_sources
+from ltx2_tuner.training.sources import open_sources
 
 
 def build_parser() -> Parser:

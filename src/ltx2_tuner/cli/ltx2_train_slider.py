@@ -19,7 +19,6 @@ from ltx2_tuner.cli.training_run import carry_out, command_words, join_processes
 from ltx2_tuner.data.fingerprints import check_caches
 from ltx2_tuner.errors import UserError
 from ltx2_tuner.models.transformer import TransformerConfig
-from ltx2_tuner.training.build import Processes, Sources, TrainingConfig, expected_caches, open_checkpoint
 from ltx2_tuner.training.sliders import (
     Geometry,
     ReferencePairs,
@@ -30,6 +29,7 @@ from ltx2_tuner.training.sliders import (
     load_slider_config,
     parse_range,
 )
+from ltx2_tuner.training.sources import Processes, Sources, TrainingConfig, expected_caches, open_checkpoint
 
 if TYPE_CHECKING:
     from ltx2_tuner.text_encoding import TextEncoder

@@ -20,7 +20,7 @@ from ltx2_tuner.sampling.options import Request, settle
 from ltx2_tuner.sampling.preview import Previewer
 from ltx2_tuner.sampling.prompts import read_prompts
 from ltx2_tuner.sampling.sampler import Sampler
-from ltx2_tuner.training.build import Processes, Sources, TrainingConfig
+from ltx2_tuner.training.sources import Processes, Sources, TrainingConfig
 
 if TYPE_CHECKING:
     from ltx2_tuner.text_encoding import TextEncoder

@@ -13,10 +13,10 @@ from ltx2_tuner.cli.key_values import parse_key_values
 from ltx2_tuner.cli.previews import load_encoder
 from ltx2_tuner.data.cache_names import PRESERVATION_NAME
 from ltx2_tuner.errors import did_you_mean
-from ltx2_tuner.training.build import Processes, Sources, TrainingConfig
 from ltx2_tuner.training.regularizers import CrepaOptions, PreservationOptions, RegularizerOptions, SelfFlowOptions
 from ltx2_tuner.training.regularizers.options import keys_of
 from ltx2_tuner.training.regularizers.prompts import PreservationPrompts, Prompt, encode_prompts, read_prompts
+from ltx2_tuner.training.sources import Processes, Sources, TrainingConfig
 
 logger = logging.getLogger(__name__)
 

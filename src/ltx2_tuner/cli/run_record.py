@@ -14,9 +14,9 @@ import torch
 
 from ltx2_tuner import __version__
 from ltx2_tuner.sampling.prompts import read_prompts
-from ltx2_tuner.training.build import Processes, TrainingConfig
 from ltx2_tuner.training.report import RunFacts, find_samples, write_report
 from ltx2_tuner.training.run_log import RunLog, read_log
+from ltx2_tuner.training.sources import Processes, TrainingConfig
 
 logger = logging.getLogger(__name__)
 _SECRETS = ("--huggingface_token", "--wandb_api_key")

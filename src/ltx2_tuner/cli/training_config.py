@@ -22,11 +22,11 @@ from ltx2_tuner.data.batches import BatchOptions
 from ltx2_tuner.data.config import DatasetConfig, load_dataset_config
 from ltx2_tuner.data.manifest import load_manifest
 from ltx2_tuner.errors import UserError
-from ltx2_tuner.training.build import TrainingConfig
 from ltx2_tuner.training.metadata import MetadataOptions
 from ltx2_tuner.training.modes import ModeOptions
 from ltx2_tuner.training.options import LoopOptions, SampleOptions
 from ltx2_tuner.training.sliders import SliderConfig, slider_data
+from ltx2_tuner.training.sources import TrainingConfig
 
 logger = logging.getLogger(__name__)
 

@@ -21,10 +21,11 @@ from ltx2_tuner.cli.regularizers import blank_prompt, preservation_prompts
 from ltx2_tuner.cli.run_record import RunRecord
 from ltx2_tuner.compat import prepare_torchaudio
 from ltx2_tuner.errors import UserError
-from ltx2_tuner.training.build import Processes, Sources, TrainingConfig, build, settle_draws
+from ltx2_tuner.training.build import build, settle_draws
 from ltx2_tuner.training.inspect import dataset_lines, preflight, show_timesteps
 from ltx2_tuner.training.logs import Trackers
 from ltx2_tuner.training.loop import Run, Trainer
+from ltx2_tuner.training.sources import Processes, Sources, TrainingConfig
 from ltx2_tuner.training.upload import download_state
 
 if TYPE_CHECKING:

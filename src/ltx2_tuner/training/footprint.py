@@ -18,7 +18,7 @@ from ltx2_tuner.memory.speed import measure_speed
 from ltx2_tuner.models.transformer import LTXTransformer
 
 if TYPE_CHECKING:
-    from ltx2_tuner.training.build import Sources, TrainingConfig
+    from ltx2_tuner.training.sources import Sources, TrainingConfig
 
 logger = logging.getLogger(__name__)
 

@@ -17,8 +17,8 @@ from ltx2_tuner.training.random import DrawKey
 from ltx2_tuner.training.sigmas import SigmaSampler, describe, histogram_picture, histogram_text
 
 if TYPE_CHECKING:
-    from ltx2_tuner.training.build import Sources, TrainingConfig
     from ltx2_tuner.training.loop import Trainer
+    from ltx2_tuner.training.sources import Sources, TrainingConfig
 
 
 def show_timesteps(sampler: SigmaSampler, data: TrainingData, config: TrainingConfig, form: str) -> str:

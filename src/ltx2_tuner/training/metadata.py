@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 from ltx2_tuner.version import toolkit_version
 
 if TYPE_CHECKING:
-    from ltx2_tuner.training.build import Sources, TrainingConfig
     from ltx2_tuner.training.options import DrawOptions, LoopOptions
+    from ltx2_tuner.training.sources import Sources, TrainingConfig
 
 # What --no_metadata keeps besides the modelspec block and the hashes.
 _MINIMAL = (
