@@ -122,6 +122,26 @@ def test_two_processes_train_one_adapter(space):
     assert state["global_step"] == 3 and state["epoch"] == 2  # 3 batches on 2 ranks: 2 steps an epoch
 
 
+@pytest.mark.parametrize(
+    ("version", "more", "expected"),
+    [
+        ("1", [], "accelerate was told to use FSDP version 1; add --fsdp_version 2 after accelerate launch"),
+        ("2", [], "--shard_base spreads the base over the processes of a machine, and there is one alone"),
+        ("2", ["--blocks_to_swap", 1], "--blocks_to_swap keeps blocks in host memory, a sharded base"),
+    ],
+)
+def test_fsdp_that_cannot_be(space, capsys, monkeypatch, version, more, expected):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", version)
+    found = errors_of(capsys, *space.arguments(*more))
+    assert expected in found and "Traceback" not in found
+
+
+def test_a_typed_no_wins_over_the_launcher(space, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert main(space.arguments("--max_train_steps", 1, "--no-shard_base")) == 0
+
+
 def test_a_stopped_run_can_go_on(space):
     """Ctrl-C finishes the step, keeps the state and exits with 130."""
     if sys.platform == "win32":
@@ -165,6 +185,9 @@ def test_all_mistakes_come_at_once(space, capsys):
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
+        (["--shard_base"], "--shard_base spreads the base over the processes of a machine, and there is one alone"),
+        (["--shard_base", "--blocks_to_swap", 1], "--blocks_to_swap keeps blocks in host memory, a sharded base"),
+        (["--shard_base", "--network_module", "lycoris.kohya"], "--shard_base: lycoris.kohya may read base weights"),
         (["--fp8_scaled"], "--fp8_scaled needs --fp8_base"),
         (["--loftq_init"], "--loftq_init needs --nf4_base"),
         (["--nf4_block_size", 24], "nf4_block_size must be 16, 32, 64, 128"),

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.training.ranks import run_ranks
 from tests.training.tiny import Clip, make_trainer, write_workspace
 
-ROOT = Path(__file__).resolve().parents[2]
 CLIPS = (Clip(sound=17), Clip(), Clip(sound=12), Clip(sound=17))
 
 
@@ -57,22 +55,8 @@ def test_two_processes_have_the_gradients_of_one(tmp_path, checkpoint):
     space = write_workspace(tmp_path, checkpoint, CLIPS)
     arguments = space.arguments("--ltx2_mode", "av")
     expected, norms = gradients(arguments, [0, 1, 2, 3])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = []
-    for rank in range(2):
-        environment = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)])}
-        command = [sys.executable, "-m", "tests.training.test_two_processes", str(tmp_path / f"{rank}.safetensors")]
-        processes.append(
-            subprocess.Popen(
-                [*command, *arguments], cwd=ROOT, env={**os.environ, **environment}, stderr=subprocess.PIPE, text=True
-            )
-        )
-    for process in processes:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
+    for done in run_ranks(["-m", "tests.training.test_two_processes", tmp_path, *arguments]):
+        assert done.returncode == 0, done.stderr
     ranks = [load_file(tmp_path / f"{rank}.safetensors") for rank in range(2)]
     for name, gradient in expected.items():
         assert torch.equal(ranks[0][name], ranks[1][name])
@@ -85,5 +69,5 @@ if __name__ == "__main__":
     rank = int(os.environ["RANK"])
     torch.distributed.init_process_group("gloo")
     tensors, norms = gradients(sys.argv[2:], [rank, rank + 2])
-    save_file({**tensors, "norms": norms}, sys.argv[1])
+    save_file({**tensors, "norms": norms}, Path(sys.argv[1]) / f"{rank}.safetensors")
     torch.distributed.destroy_process_group()

@@ -138,11 +138,15 @@ class Recorder:
         return [metrics[name] for metrics in self.steps if name in metrics]
 
 
-def make_trainer(arguments: Sequence[str], recorder: Recorder | None = None, sampler=None) -> Trainer:
+def make_trainer(
+    arguments: Sequence[str],
+    recorder: Recorder | None = None,
+    sampler=None,
+    processes: Processes = Processes(torch.device("cpu")),  # noqa: B008 - frozen
+) -> Trainer:
     """The trainer of a command line."""
     args = parse_with_config(build_parser(), arguments)
     config = training_config(args, args.mixed_precision or "no")
-    processes = Processes(torch.device("cpu"))
     config.save.output_dir.mkdir(parents=True, exist_ok=True)
     sources = open_sources(config, processes)
     prompts = preservation_prompts(args, config, sources, processes)

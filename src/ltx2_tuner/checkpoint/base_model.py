@@ -13,7 +13,7 @@ from ltx2_tuner.checkpoint.awq_calibration import awq_scales
 from ltx2_tuner.checkpoint.checkpoint import Checkpoint
 from ltx2_tuner.checkpoint.loftq_file import load_loftq, loftq_path
 from ltx2_tuner.checkpoint.precision import PrecisionOptions
-from ltx2_tuner.checkpoint.transformer_loader import Placement, Transform, load_transformer
+from ltx2_tuner.checkpoint.transformer_loader import OnBlock, Placement, Transform, load_transformer
 from ltx2_tuner.models.transformer import LTXTransformer
 from ltx2_tuner.quantization import Nf4Linear
 from ltx2_tuner.quantization.loftq import LoftQ
@@ -42,6 +42,7 @@ def load_base_model(
     placement: Placement | None = None,
     transform: Transform | None = None,
     adapted: Callable[[str], bool] = lambda _layer: True,
+    on_block: OnBlock | None = None,
     progress: bool = True,
 ) -> BaseModel:
     """Load what is trained on. Call `precision.check` first.
@@ -50,6 +51,7 @@ def load_base_model(
         device: where the model computes; `placement` (as in `load_transformer`) says where tensors live, default here.
         transform: merges LoRAs into the weights before they are quantised.
         adapted: whether a layer (by path) has an adapter: the others need no start values.
+        on_block: as in `load_transformer`.
 
     Raises:
         UserError: the checkpoint, the start values or the calibration do not fit.
@@ -78,6 +80,7 @@ def load_base_model(
         transform=transform,
         column_scales=scales,
         quantise_nf4=loftq,
+        on_block=on_block,
         progress=progress,
     )
     if not options.loftq_rank:

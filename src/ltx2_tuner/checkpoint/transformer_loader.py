@@ -5,12 +5,13 @@ The host never holds more than the layer that is under way, besides what is plac
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from ltx2_tuner.checkpoint.checkpoint import FP8_DTYPES, Checkpoint
@@ -28,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 Placement = str | torch.device | Callable[[str], torch.device]
 Transform = Callable[[str, Tensor], Tensor]
+OnBlock = Callable[[int, nn.Module], None]
 _COMPANIONS = (".weight_scale", ".scale_weight", ".input_scale", ".scale_input", ".comfy_quant", ".nf4_shape")
 
 
@@ -42,6 +44,7 @@ def load_transformer(
     transform: Transform | None = None,
     column_scales: Mapping[str, Tensor] | None = None,
     quantise_nf4: Nf4Quantiser | None = None,
+    on_block: OnBlock | None = None,
     progress: bool = True,
 ) -> LTXTransformer:
     """The frozen transformer in eval mode; the matrices of its blocks are `FrozenLinear` layers.
@@ -57,6 +60,7 @@ def load_transformer(
             LoRAs. It returns its argument itself where it changes nothing.
         column_scales: AWQ factors by weight name.
         quantise_nf4: LoftQ in the place of plain nf4 quantisation.
+        on_block: called with the index of each block and the block when it is whole, before the next one is read.
 
     Raises:
         UserError: tensors are missing, of other shapes or of unknown kinds.
@@ -68,9 +72,12 @@ def load_transformer(
     reader.quantise_nf4 = quantise_nf4
     total = sum(reader.nbytes(key) for key in reader.keys)
     with tqdm(total=total, desc="transformer", unit="B", unit_scale=True, disable=not progress) as bar:
-        for key in reader.keys:
-            reader.load(key)
-            bar.update(reader.nbytes(key))
+        for block, keys in itertools.groupby(sorted(reader.keys, key=_block_of), _block_of):
+            for key in keys:
+                reader.load(key)
+                bar.update(reader.nbytes(key))
+            if on_block is not None and block >= 0:
+                on_block(block, reader.model.transformer_blocks[block])
     return reader.model.requires_grad_(False).eval()
 
 
@@ -216,6 +223,12 @@ class TransformerReader:
 
     def _dequantised(self, name: str, device: torch.device) -> Tensor:
         return fp8.dequantise(self.checkpoint.read(name, device), self._scale(name, device), self.dtype)
+
+
+def _block_of(key: str) -> int:
+    """Number of the block that a parameter belongs to, -1 outside of the blocks."""
+    root, number, *_ = [*key.split(".", 2), ""]
+    return int(number) if root == "transformer_blocks" else -1
 
 
 def _empty_model(checkpoint: Checkpoint, variant: str) -> LTXTransformer:

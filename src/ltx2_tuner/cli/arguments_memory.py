@@ -60,12 +60,15 @@ def add_memory_arguments(parser: argparse.ArgumentParser, *, training: bool = Tr
     group.add_argument("--block_swap_h2d_only", **flag, help="accepted: frozen weights never travel back anyway")
     group.add_argument("--block_swap_ring_size", type=int, default=2, help="device buffers for streamed blocks")
     if training:
+        group.add_argument(
+            "--shard_base", **either, help="spread the frozen blocks over this machine's processes (FSDP2's default)"
+        )
         group.add_argument("--gradient_checkpointing", **either, help="recompute blocks in the backward pass (off)")
         group.add_argument(
             "--gradient_checkpointing_cpu_offload", **flag, help="keep the inputs of recomputed blocks in host memory"
         )
     else:
-        parser.set_defaults(gradient_checkpointing=False, gradient_checkpointing_cpu_offload=False)
+        parser.set_defaults(gradient_checkpointing=False, gradient_checkpointing_cpu_offload=False, shard_base=False)
     group.add_argument("--ffn_chunk_target", choices=tuple(FEED_FORWARD_TARGETS), help="feed-forwards run in chunks")
     group.add_argument("--ffn_chunk_size", type=int, default=0, help="tokens of a chunk; 0 is off")
     group.add_argument("--split_attn_target", choices=tuple(ATTENTION_TARGETS), help="attentions run in parts")
@@ -120,6 +123,7 @@ def check_memory(args: argparse.Namespace) -> list[str]:
         errors.append("--gradient_checkpointing_cpu_offload needs --gradient_checkpointing")
     if args.blocks_to_swap is not None and args.blocks_to_swap < 0:
         errors.append(f"--blocks_to_swap must be at least 0 (got {args.blocks_to_swap})")
+    errors += _sharding_errors(args)
     if args.block_swap_ring_size < 1:
         errors.append(f"--block_swap_ring_size must be at least 1 (got {args.block_swap_ring_size})")
     if args.ffn_chunk_size < 0 or args.split_attn_chunk_size < 0:
@@ -131,6 +135,34 @@ def check_memory(args: argparse.Namespace) -> list[str]:
         errors.append(f"{' and '.join(backends)} exclude each other; keep one attention back end")
     if args.sage_attn:
         errors.append("--sage_attn has no backward pass and breaks training; drop it")
+    return errors
+
+
+def shards_base(args: argparse.Namespace) -> bool:
+    """Whether the frozen blocks are sharded: as typed, else where accelerate was told to use FSDP."""
+    from accelerate.utils import parse_flag_from_env
+
+    return parse_flag_from_env("ACCELERATE_USE_FSDP") if args.shard_base is None else args.shard_base
+
+
+def _sharding_errors(args: argparse.Namespace) -> list[str]:
+    if not shards_base(args):
+        return []
+    errors = []
+    version = os.environ.get("FSDP_VERSION", "1")
+    if args.shard_base is None and version != "2":
+        errors.append(
+            f"accelerate was told to use FSDP version {version}; add --fsdp_version 2 after accelerate launch"
+        )
+    if args.blocks_to_swap:
+        errors.append(
+            "--blocks_to_swap keeps blocks in host memory, a sharded base (--shard_base, --use_fsdp) keeps them on the "
+            "GPUs; drop one of the two"
+        )
+    if args.network_module != BUILT_IN:
+        errors.append(
+            f"--shard_base: {args.network_module} may read base weights that are not there yet; use {BUILT_IN}"
+        )
     return errors
 
 
@@ -236,6 +268,7 @@ def memory_options(args: argparse.Namespace) -> MemoryOptions:
         blocks_to_swap=args.blocks_to_swap,
         pinned=args.use_pinned_memory_for_block_swap,
         ring_size=args.block_swap_ring_size,
+        shard_base=shards_base(args),
         checkpointing=args.gradient_checkpointing,
         checkpoint_offload=args.gradient_checkpointing_cpu_offload,
         ffn_chunk_target=chunked or "none",

@@ -51,7 +51,9 @@ def make_previewer(
         options = dataclasses.replace(options, reference_frames=frames)
     if options.offload and config.memory.blocks_to_swap:
         logger.warning("--sample_with_offloading has no effect with --blocks_to_swap: those blocks are on the host")
-    offload = options.offload and not config.memory.blocks_to_swap
+    if options.offload and config.memory.shard_base:
+        logger.warning("--sample_with_offloading has no effect with --shard_base: other processes read these blocks")
+    offload = options.offload and not (config.memory.blocks_to_swap or config.memory.shard_base)
     options = dataclasses.replace(options, seed=config.loop.seed, offload=offload)
     blocks = sources.model.num_layers
     requests = [

@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from ltx2_tuner.cli import values
+from ltx2_tuner.cli.arguments_memory import shards_base
 from ltx2_tuner.cli.config_file import write_effective
 from ltx2_tuner.cli.previews import make_previewer
 from ltx2_tuner.cli.regularizers import blank_prompt, preservation_prompts
 from ltx2_tuner.cli.run_record import RunRecord
 from ltx2_tuner.compat import prepare_torchaudio
 from ltx2_tuner.errors import UserError
+from ltx2_tuner.memory.sharding import Peers
 from ltx2_tuner.training.build import build, settle_draws
 from ltx2_tuner.training.inspect import dataset_lines, preflight, show_timesteps
 from ltx2_tuner.training.logs import Trackers
@@ -75,8 +77,9 @@ def carry_out(
         if args.preflight_only:
             for line in preflight(trainer, sources):
                 print(line)
-            return 0
-        trainer.train()
+        else:
+            trainer.train()
+        processes.wait()  # until here others may read this process's part of the base
     except torch.OutOfMemoryError as error:
         raise UserError(_memory_advice(args, processes.device)) from error
     finally:
@@ -93,7 +96,7 @@ def _memory_advice(args: argparse.Namespace, device: torch.device) -> str:
         advice.append("--gradient_checkpointing")
     if not (args.fp8_base or args.nf4_base):
         advice.append("--fp8_base --fp8_scaled")
-    if not args.blocks_to_swap:
+    if not args.blocks_to_swap and not shards_base(args):
         advice.append("--blocks_to_swap 20 (or more)")
     if not args.gradient_checkpointing_cpu_offload:
         advice.append("--gradient_checkpointing_cpu_offload")
@@ -138,7 +141,14 @@ def join_processes(args: argparse.Namespace) -> Processes:
     if not state.is_main_process:
         logging.getLogger().setLevel(logging.WARNING)
     _allow_fast_kernels(args)
-    return Processes(torch.device(device), state.process_index, state.num_processes, state.wait_for_everyone)
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))
+    return Processes(
+        torch.device(device),
+        state.process_index,
+        state.num_processes,
+        state.wait_for_everyone,
+        Peers(state.local_process_index, min(local, state.num_processes)),
+    )
 
 
 def _allow_fast_kernels(args: argparse.Namespace) -> None:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 class MemoryOptions:
     """What trades memory for time.
 
-    budget_gb: None is what is free. blocks_to_swap: blocks that live in host memory. recomputed_blocks: how many, from
+    budget_gb: None is what is free. blocks_to_swap: blocks that live in host memory. shard_base: each process of the
+    machine keeps its part of every block, none of which is streamed. recomputed_blocks: how many, from
     the first on, `checkpointing` recomputes; None is all. split_mode: `batch` or `query`.
     """
 
@@ -17,6 +18,7 @@ class MemoryOptions:
     blocks_to_swap: int | None = None
     pinned: bool | None = None
     ring_size: int = 2
+    shard_base: bool = False
     checkpointing: bool | None = None
     recomputed_blocks: int | None = None
     checkpoint_offload: bool = False

@@ -27,7 +27,7 @@ class Footprint:
 
     block: one block's frozen weights; rest: weights outside of blocks; trained: adapters and optimizer state;
     gradients: of the adapters; kept: activations of a block that is not recomputed; boundary: what stays of one that
-    is; forward: floating point operations of a forward pass.
+    is; forward: floating point operations of a forward pass; shards: processes that each keep a part of every block.
     """
 
     blocks: int
@@ -38,16 +38,21 @@ class Footprint:
     kept: int = 0
     boundary: int = 0
     forward: float = 0.0
+    shards: int = 1
 
     def parts(self, choice: Choice, ring: int) -> dict[str, float]:
         """Where each byte of the peak goes."""
+        resident = self.blocks - choice.streamed
+        name = f"{resident} of {self.blocks} blocks"
         parts = {
-            f"{self.blocks - choice.streamed} of {self.blocks} blocks": (self.blocks - choice.streamed) * self.block,
+            name if self.shards == 1 else f"1/{self.shards} of {name}": resident * self.block / self.shards,
             "other weights": self.rest,
             "adapters and optimizer": self.trained,
         }
         if choice.streamed:
             parts["ring for streamed blocks"] = min(ring, choice.streamed) * self.block
+        if self.shards > 1:
+            parts["ring for whole blocks"] = ring * self.block
         # The blocks that come first recompute: when the backward pass reaches them, the others' activations are gone.
         # So a block's activations come on top only where all recompute.
         working = self.kept if choice.recomputed == self.blocks else 0
@@ -117,8 +122,8 @@ def settle(
 ) -> Plan:
     """Fill in what was not typed, so that the estimate stays within `budget` bytes.
 
-    Tried in this order: everything resident; recomputation of ever more blocks; as few streamed blocks as it takes;
-    the inputs of recomputed blocks in host memory. A typed flag is never overridden.
+    Tried in this order: everything resident; recomputation of ever more blocks; as few streamed blocks as it takes
+    (none of a sharded base); the inputs of recomputed blocks in host memory. A typed flag is never overridden.
     """
     choices = list(_choices(options, footprint.blocks, training))
     for index, choice in enumerate(choices):
@@ -132,6 +137,8 @@ def _choices(options: MemoryOptions, blocks: int, training: bool) -> Iterator[Ch
     recomputed = portions if options.checkpointing is None else [blocks if options.checkpointing else 0]
     recomputed = recomputed if training else [0]
     streamed = range(blocks) if options.blocks_to_swap is None else [options.blocks_to_swap]
+    if options.shard_base:
+        streamed = [0]
     offload = options.checkpoint_offload
     for count in recomputed:
         yield Choice(streamed[0], count, offload)
@@ -182,13 +189,19 @@ def _table(
     rows["budget"] = budget
     blocks = footprint.blocks
     lines = [
-        f"memory plan: {choice.streamed} of {blocks} blocks streamed, {choice.recomputed} recomputed"
+        (
+            f"memory plan: {choice.streamed} of {blocks} blocks streamed"
+            if footprint.shards == 1
+            else f"memory plan: {blocks} blocks sharded over {footprint.shards} processes"
+        )
+        + f", {choice.recomputed} recomputed"
         + (", their inputs in host memory" if choice.offload else "")
     ]
     lines += [f"  {name:<32}{size / _GIB:8.2f} GiB" for name, size in rows.items()]
     if choice.streamed:
         lines.append(f"  {'on the host':<32}{choice.streamed * footprint.block / _GIB:8.2f} GiB")
-    if speed is not None and footprint.forward:
+    # How fast the cards read each other is not measured.
+    if speed is not None and footprint.forward and footprint.shards == 1:
         lines.append(f"  {'predicted':<32}{footprint.seconds(choice, speed):8.2f} s/step")
     if not fits:
         lines.append("  this does not fit: use fp8 or nf4 weights, a smaller resolution or shorter clips")

@@ -13,6 +13,7 @@ from ltx2_tuner.memory.attention_check import usable_backend
 from ltx2_tuner.memory.compilation import CACHE_ENTRIES, compile_blocks, compiler_works
 from ltx2_tuner.memory.offload import ActivationOffload
 from ltx2_tuner.memory.options import CompileOptions, MemoryOptions
+from ltx2_tuner.memory.sharding import BlockShards, ShardedStore
 from ltx2_tuner.memory.streaming import BlockStore, streamed_indices
 from ltx2_tuner.models.transformer import LTXTransformer
 
@@ -30,9 +31,7 @@ class MemoryPlan:
     def __str__(self) -> str:
         parts = ["all blocks on the device"]
         if self.store is not None:
-            parts = [
-                f"{len(self.store.streamed)} blocks streamed ({self.store.host_bytes / 2**30:.1f} GiB on the host)"
-            ]
+            parts = [str(self.store)]
         parts.append("activations recomputed" if self.checkpointing else "activations kept")
         parts.append("blocks compiled" if self.compiled else "not compiled")
         return "plan: " + ", ".join(parts)
@@ -62,15 +61,27 @@ def block_placement(blocks: int, streamed: int, device: torch.device) -> Callabl
 
 
 def prepare_model(
-    model: LTXTransformer, options: MemoryOptions, compilation: CompileOptions, device: torch.device
+    model: LTXTransformer,
+    options: MemoryOptions,
+    compilation: CompileOptions,
+    device: torch.device,
+    shards: BlockShards | None = None,
 ) -> MemoryPlan:
-    """Apply the options to a model whose adapters are attached."""
+    """Apply the options to a model whose adapters are attached.
+
+    Args:
+        shards: what took the matrices of all blocks while they were loaded, for a sharded model.
+    """
     model.set_attention_backend(usable_backend(options.attention, device))
     if options.split_attention != "none":
         model.split_attention(options.split_attention, options.split_mode or "batch", options.split_chunk)
     if options.ffn_chunk_size:
         model.chunk_feed_forward(options.ffn_chunk_target, options.ffn_chunk_size)
-    store = _stream(model, options, device, None)
+    if shards is None:
+        store = _stream(model, options, device, None)
+    else:
+        store = ShardedStore(model.transformer_blocks, shards, device, ring=options.ring_size)
+        model.block_runner = store
     _recompute(model, options, device)
     compiled = _compile(model, compilation, device, by_part=store is None)
     return MemoryPlan(store, bool(options.checkpointing), compiled)

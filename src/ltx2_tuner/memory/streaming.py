@@ -21,7 +21,7 @@ from ltx2_tuner.quantization.frozen import FrozenLinear
 
 logger = logging.getLogger(__name__)
 
-_ALIGNMENT = 256  # bytes; what the widest vector loads and fp8 products ask for
+ALIGNMENT = 256  # bytes; what the widest vector loads and fp8 products ask for
 
 
 def streamed_indices(blocks: int, count: int) -> tuple[int, ...]:
@@ -83,7 +83,7 @@ class BlockStore:
         self._pieces: dict[int, list[_Piece]] = {}
         self._host: dict[int, Tensor] = {}
         self._locked: set[int] = set()
-        layouts = {index: _layout(blocks[index]) for index in self.streamed}
+        layouts = {index: layout(blocks[index]) for index in self.streamed}
         size = max(total for _, total in layouts.values())
         # The ring is reserved first: near-full memory shows at the start, not at some later step.
         self._slots = [_Slot(torch.empty(size, dtype=torch.uint8, device=device)) for _ in range(ring)]
@@ -100,11 +100,14 @@ class BlockStore:
         for slot in self._slots:
             slot.holds = None
         for index in streamed:
-            if index not in self._host:
-                self._take(index, blocks[index], *_layout(blocks[index]))
+            if index not in self._pieces:
+                self._take(index, blocks[index], *layout(blocks[index]))
         for index in set(self.streamed) - set(streamed):
             self._bring_home(index)
         self.streamed = tuple(sorted(streamed))
+
+    def __str__(self) -> str:
+        return f"{len(self.streamed)} blocks streamed ({self.host_bytes / 2**30:.1f} GiB on the host)"
 
     @property
     def host_bytes(self) -> int:
@@ -132,7 +135,7 @@ class BlockStore:
     def acquire(self, index: int, direction: int) -> None:
         """Have a block on the device and start copying the next streamed one (`direction` 1 or -1)."""
         self._direction, self._last = direction, index
-        if index in self._host:
+        if index in self._pieces:
             slot = self._slot_with(index) or self._fetch(index, keep=None)
             if slot.ready is not None:
                 torch.cuda.current_stream(self.device).wait_event(slot.ready)
@@ -154,23 +157,26 @@ class BlockStore:
     def _fetch(self, index: int, keep: int | None) -> _Slot:
         """Copy a block into the slot that was used longest ago, but not into that of `keep`."""
         slot = next(slot for slot in self._slots if slot.holds is None or slot.holds != keep)
-        source = self._host[index]
-        target = slot.buffer[: source.numel()]
         slot.holds = index
         if self._copies is None:
-            target.copy_(source)
+            self._copy_in(index, slot)
             return slot
         # All kernels that read the slot's old content are queued on the compute stream by now.
         self._copies.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._copies):
+            self._copy_in(index, slot)
+            slot.ready = torch.cuda.Event()
+            slot.ready.record()
+        return slot
+
+    def _copy_in(self, index: int, slot: _Slot) -> None:
+        """Queue the copy of a block's bytes into a slot, on the current stream."""
+        source = self._host[index]
         if slot.staging is not None:
             if slot.ready is not None:
                 slot.ready.synchronize()  # the last copy out of it
             source = slot.staging[: source.numel()].copy_(source)
-        with torch.cuda.stream(self._copies):
-            target.copy_(source, non_blocking=True)
-            slot.ready = torch.cuda.Event()
-            slot.ready.record()
-        return slot
+        slot.buffer[: source.numel()].copy_(source, non_blocking=True)
 
     def _bind(self, index: int, slot: _Slot) -> None:
         tensors: dict[FrozenLinear, dict[str, Tensor]] = {}
@@ -180,16 +186,20 @@ class BlockStore:
             layer.rebind(found)
 
     def _take(self, index: int, block: nn.Module, pieces: list[_Piece], total: int) -> None:
-        """Move a block's matrices into one host buffer, everything else of it to the device."""
-        host = torch.empty(total, dtype=torch.uint8)
-        for piece in pieces:
-            piece.view(host).copy_(piece.layer.storage()[piece.name])
+        """Take a block's matrices out of it, and move everything else of it to the device."""
+        self._keep(index, pieces, total)
         self._pieces[index] = pieces
-        self._host[index] = host
-        self._lock(index, host)
         # Bound to a slot from now on, whatever it holds: moving the model finds every layer on the device already.
         self._bind(index, self._slots[0])
         block.to(self.device)
+
+    def _keep(self, index: int, pieces: list[_Piece], total: int) -> None:
+        """Copy a block's matrices into one host buffer."""
+        host = torch.empty(total, dtype=torch.uint8)
+        for piece in pieces:
+            piece.view(host).copy_(piece.layer.storage()[piece.name])
+        self._host[index] = host
+        self._lock(index, host)
 
     def _bring_home(self, index: int) -> None:
         """Give a block matrices of its own on the device."""
@@ -236,7 +246,7 @@ class BlockStore:
         self._host.clear()
 
 
-def _layout(block: nn.Module) -> tuple[list[_Piece], int]:
+def layout(block: nn.Module) -> tuple[list[_Piece], int]:
     """The tensors of a block's frozen layers, and the bytes of the buffer that takes them."""
     pieces: list[_Piece] = []
     offset = 0
@@ -246,5 +256,5 @@ def _layout(block: nn.Module) -> tuple[list[_Piece], int]:
         for name, tensor in layer.storage().items():
             size = tensor.numel() * tensor.element_size()
             pieces.append(_Piece(layer, name, tensor.dtype, tuple(tensor.shape), offset, size))
-            offset += -(-size // _ALIGNMENT) * _ALIGNMENT
+            offset += -(-size // ALIGNMENT) * ALIGNMENT
     return pieces, offset

@@ -13,9 +13,11 @@ import torch
 from ltx2_tuner.checkpoint import Checkpoint
 from ltx2_tuner.checkpoint.base_model import BaseModel, load_base_model
 from ltx2_tuner.checkpoint.precision import PrecisionOptions, effective_format
+from ltx2_tuner.checkpoint.transformer_loader import OnBlock
 from ltx2_tuner.data.batches import TrainingData, ValidationData
 from ltx2_tuner.lora.build import build_network, optimizer_groups, target_of
 from ltx2_tuner.memory.prepare import block_placement
+from ltx2_tuner.memory.sharding import BlockShards
 from ltx2_tuner.training.balance import AudioBalancer
 from ltx2_tuner.training.base_weights import merge_base_weights
 from ltx2_tuner.training.footprint import largest_batch, moment_bytes, plan_memory, settled
@@ -71,9 +73,10 @@ def build(
     device = processes.device
     seed_default_generators(config.loop.seed, processes.rank)
     config = replace(config, precision=_settle_precision(config, sources.checkpoint, device))
-    plan = plan_memory(config, sources, device)
+    plan = plan_memory(config, sources, processes)
     config = settled(config, plan)
-    base = _load_model(config, sources, device)
+    shards = BlockShards(processes.peers, device) if config.memory.shard_base else None
+    base = _load_model(config, sources, device, None if shards is None else shards.take)
     model = base.transformer
     network = build_network(
         model,
@@ -86,7 +89,7 @@ def build(
     network.to(device, config.adapter_dtype)
     loftq = _keep_start(config, base, network, processes)
     adapters_in = _MIXED_PRECISION.get(config.mixed_precision, config.dtype)
-    arrangement = Arrangement(model, network, config.memory, config.compilation, device, adapters_in, plan)
+    arrangement = Arrangement(model, network, config.memory, config.compilation, device, adapters_in, plan, shards)
     logger.info("%s", arrangement.prepared)
     data = sources.training.loader(
         rank=processes.rank,
@@ -219,8 +222,12 @@ def _settle_precision(config: TrainingConfig, checkpoint: Checkpoint, device: to
     return precision
 
 
-def _load_model(config: TrainingConfig, sources: Sources, device: torch.device) -> BaseModel:
-    """The frozen transformer; only the parts that the mode runs, where that is possible."""
+def _load_model(config: TrainingConfig, sources: Sources, device: torch.device, on_block: OnBlock | None) -> BaseModel:
+    """The frozen transformer; only the parts that the mode runs, where that is possible.
+
+    Args:
+        on_block: called with each block (index, block) when it is loaded.
+    """
     variant = {"video": "video", "av": "av", "audio": "audio" if config.audio_only_model else "av"}[config.mode]
     base_weights = merge_base_weights(config.network.base_weights)
     base = load_base_model(
@@ -232,6 +239,7 @@ def _load_model(config: TrainingConfig, sources: Sources, device: torch.device) 
         placement=block_placement(sources.model.num_layers, config.memory.blocks_to_swap or 0, device),
         transform=base_weights,
         adapted=target_of(config.network, config.trained_mode) if config.precision.loftq_rank else lambda _layer: True,
+        on_block=on_block,
     )
     if base_weights is not None:
         base_weights.check_used()

@@ -18,7 +18,7 @@ from ltx2_tuner.memory.speed import measure_speed
 from ltx2_tuner.models.transformer import LTXTransformer
 
 if TYPE_CHECKING:
-    from ltx2_tuner.training.sources import Sources, TrainingConfig
+    from ltx2_tuner.training.sources import Processes, Sources, TrainingConfig
 
 logger = logging.getLogger(__name__)
 
@@ -29,9 +29,9 @@ _CONTEXT = 0.5e9  # bytes that CUDA itself takes, outside of the allocator
 _CROWDED = 2**30  # bytes that other programs may have before they are mentioned
 
 
-def plan_memory(config: TrainingConfig, sources: Sources, device: torch.device) -> Plan | None:
+def plan_memory(config: TrainingConfig, sources: Sources, processes: Processes) -> Plan | None:
     """How the largest batch fits; None where nothing has to be chosen: on the CPU, unless a budget was typed."""
-    options = config.memory
+    options, device = config.memory, processes.device
     if device.type != "cuda" and options.budget_gb is None:
         return None
     budget = (options.budget_gb or 0) * _GB
@@ -43,13 +43,22 @@ def plan_memory(config: TrainingConfig, sources: Sources, device: torch.device) 
             # A budget is kept: the allocator stops at it, and so the rehearsal proves it.
             torch.cuda.set_per_process_memory_fraction(min(1.0, max(budget - _CONTEXT, 0) / total), device)
         budget = min(budget, free) if budget else free * _SHARE
-    plan = settle(options, estimate(config, sources), budget, measure_speed(device))
+    plan = settle(
+        options,
+        estimate(config, sources, processes.peers.count if options.shard_base else 1),
+        budget,
+        measure_speed(device),
+    )
     (logger.info if plan.fits else logger.warning)("%s", plan.table)
     return plan
 
 
-def estimate(config: TrainingConfig, sources: Sources) -> Footprint:
-    """Bytes of weights, adapters and the largest batch's activations, and the work of a step."""
+def estimate(config: TrainingConfig, sources: Sources, shards: int = 1) -> Footprint:
+    """Bytes of weights, adapters and the largest batch's activations, and the work of a step.
+
+    Args:
+        shards: processes that the blocks are spread over.
+    """
     variant = {"video": "video", "av": "av", "audio": "audio" if config.audio_only_model else "av"}[config.mode]
     with torch.device("meta"):
         model = LTXTransformer(sources.model, variant)
@@ -67,6 +76,7 @@ def estimate(config: TrainingConfig, sources: Sources) -> Footprint:
         kept=kept_bytes(sources.model, shape, config.dtype.itemsize),
         boundary=boundary_bytes(sources.model, shape, config.dtype.itemsize),
         forward=forward_operations(sources.model, shape, samples),
+        shards=shards,
     )
 
 

@@ -17,6 +17,7 @@ from torch import nn
 from ltx2_tuner.memory.options import CompileOptions, MemoryOptions
 from ltx2_tuner.memory.planner import Plan
 from ltx2_tuner.memory.prepare import prepare_model, rearrange
+from ltx2_tuner.memory.sharding import BlockShards
 from ltx2_tuner.models.transformer import LTXTransformer
 from ltx2_tuner.training.acceleration import accelerate
 from ltx2_tuner.training.footprint import moment_bytes
@@ -35,6 +36,7 @@ class Arrangement:
         network: attached, on its device and in its dtype.
         plan: None where nothing was planned; then nothing can be tightened.
         dtype: what adapters multiply in.
+        shards: this process's part of the blocks of a sharded model.
     """
 
     def __init__(
@@ -46,9 +48,10 @@ class Arrangement:
         device: torch.device,
         dtype: torch.dtype,
         plan: Plan | None = None,
+        shards: BlockShards | None = None,
     ) -> None:
         self.model, self.network, self.device, self.dtype, self.plan = model, network, device, dtype, plan
-        self.prepared = prepare_model(model, options, compilation, device)
+        self.prepared = prepare_model(model, options, compilation, device, shards)
         self._accelerate()
 
     def tighten(self) -> bool:

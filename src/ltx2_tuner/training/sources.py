@@ -19,6 +19,7 @@ from ltx2_tuner.errors import UserError
 from ltx2_tuner.lora.options import NetworkOptions
 from ltx2_tuner.memory.options import CompileOptions, MemoryOptions
 from ltx2_tuner.memory.prepare import check_streamed
+from ltx2_tuner.memory.sharding import Peers
 from ltx2_tuner.models.transformer import TransformerConfig
 from ltx2_tuner.models.transformer.attention_backends import attention_function
 from ltx2_tuner.sampling.options import is_distilled
@@ -45,12 +46,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Processes:
-    """Where this process runs. wait: all processes meet there."""
+    """Where this process runs. wait: all processes meet there. peers: those of this machine."""
 
     device: torch.device
     rank: int = 0
     count: int = 1
     wait: Callable[[], None] = lambda: None
+    peers: Peers = field(default_factory=Peers)
 
     @property
     def is_main(self) -> bool:
@@ -143,6 +145,11 @@ def open_checkpoint(config: TrainingConfig, processes: Processes) -> tuple[Check
         UserError: what does not fit, and the flag that mends it.
     """
     _check_files(config)
+    if config.memory.shard_base and processes.peers.count < 2:
+        raise UserError(
+            "--shard_base spreads the base over the processes of a machine, and there is one alone; start several with "
+            "accelerate launch --use_fsdp --fsdp_version 2 --num_processes 2, or drop it"
+        )
     checkpoint = Checkpoint.open(config.checkpoint)
     version = check_version(checkpoint, config.version, config.version_check)
     logger.info("%s is an LTX-%s checkpoint", checkpoint.path.name, checkpoint.version)
