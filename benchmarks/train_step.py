@@ -25,6 +25,7 @@ from torch import nn
 from ltx2_tuner.lora import LoRANetwork, Targets, select_layers
 from ltx2_tuner.memory.options import CompileOptions, MemoryOptions
 from ltx2_tuner.memory.prepare import block_placement, prepare_model
+from ltx2_tuner.memory.sharding import BlockShards
 from ltx2_tuner.models.transformer import LTXTransformer, Modality, TransformerConfig
 from ltx2_tuner.models.transformer.tokens import audio_latent_length, audio_positions, video_positions
 from ltx2_tuner.quantization import is_quantisable
@@ -81,14 +82,26 @@ def configuration(args: argparse.Namespace) -> TransformerConfig:
     )
 
 
-def build(args: argparse.Namespace, device: torch.device) -> tuple[LTXTransformer, LoRANetwork]:
-    """The transformer with random weights, and a LoRA on all its attentions."""
+def build(
+    args: argparse.Namespace, device: torch.device, shards: BlockShards | None = None
+) -> tuple[LTXTransformer, LoRANetwork]:
+    """The transformer with random weights, and a LoRA on all its attentions.
+
+    Args:
+        shards: takes each block as soon as it has its weights.
+    """
     with torch.device("meta"):
         model = LTXTransformer(configuration(args), args.mode)
     place = block_placement(args.layers, args.blocks_to_swap, device)
     generator = torch.Generator(device).manual_seed(0)
     for path, module in list(model.named_modules()):
-        fill(model, path, module, PRECISIONS[args.precision], place, generator)
+        if not path.startswith("transformer_blocks."):
+            fill(model, path, module, PRECISIONS[args.precision], place, generator)
+    for index, block in enumerate(model.transformer_blocks):
+        for path, module in list(block.named_modules(prefix=f"transformer_blocks.{index}")):
+            fill(model, path, module, PRECISIONS[args.precision], place, generator)
+        if shards is not None:
+            shards.take(index, block)
     layers = select_layers(model, Targets(args.mode, "audio" if args.mode == "audio" else "t2v"))
     network = LoRANetwork(layers, args.rank).to(device)
     if args.lora_dtype == "bfloat16":
@@ -157,10 +170,15 @@ def flops(config: TransformerConfig, video_tokens: int, audio_tokens: int) -> fl
 
 
 class Step:
-    """One training step on fixed inputs."""
+    """One training step on fixed inputs.
+
+    shards: keeps this process's part of a sharded base.
+    """
+
+    shards: BlockShards | None = None
 
     def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
-        self.model, self.network = build(args, device)
+        self.model, self.network = build(args, device, self.shards)
         self.inputs = inputs(args, self.model.config, device)
         self.targets = {
             name: torch.randn_like(modality.latent, dtype=torch.float32)
@@ -175,17 +193,21 @@ class Step:
         """Recomputation, streaming, compilation and recording."""
         memory = MemoryOptions(blocks_to_swap=args.blocks_to_swap, checkpointing=args.recompute == "full")
         self.model.enable_gradient_checkpointing(args.recompute == "cheap", keep_products=True)
-        self.plan = prepare_model(self.model, memory, CompileOptions(enabled=args.compile), device)
+        self.plan = prepare_model(self.model, memory, CompileOptions(enabled=args.compile), device, self.shards)
         self.graphs = None
         if args.joint:
             self.graphs = accelerate(
                 self.model, self.network, self.plan, torch.bfloat16, graphs=args.graphs, streams=args.streams
             )
 
+    def average(self) -> None:
+        """Between backward and clipping; nothing in one process."""
+
     def __call__(self) -> torch.Tensor:
         velocities = dict(zip(("video", "audio"), self.model(self.inputs["video"], self.inputs["audio"])))
         loss = sum((velocities[name].float() - target).square().mean() for name, target in self.targets.items())
         loss.backward()
+        self.average()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0, foreach=True)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

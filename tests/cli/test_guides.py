@@ -15,7 +15,7 @@ from ltx2_tuner.sampling.prompts import OPTIONS
 ROOT = Path(__file__).resolve().parents[2]
 GUIDES = sorted(path for path in (ROOT / "docs").glob("*.md"))
 # Flags of other programs that the guides call.
-FOREIGN = {"--mixed_precision", "--num_processes", "--help", "--version"}
+FOREIGN = {"--mixed_precision", "--num_processes", "--use_fsdp", "--fsdp_version", "--help", "--version"}
 
 
 @pytest.fixture(scope="module")

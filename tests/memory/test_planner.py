@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -125,3 +127,17 @@ def test_a_run_that_cannot_fit_says_so():
 def test_sampling_recomputes_nothing():
     plan = settle(MemoryOptions(), full_size("av"), 24 * GIB, training=False)
     assert plan.options.checkpointing is False and plan.options.blocks_to_swap > 0
+
+
+def test_a_sharded_base_takes_its_share_and_is_never_streamed():
+    whole = full_size("av")
+    footprint = dataclasses.replace(whole, shards=2)
+    saved = 24 * whole.block - 2 * whole.block  # half of the blocks, less the ring
+    assert whole.total(Choice(0, 48), 2) - footprint.total(Choice(0, 48), 2) == pytest.approx(saved)
+    plan = settle(MemoryOptions(shard_base=True), footprint, 24 * GIB, Speed(4e14, 5e10))
+    assert "48 blocks sharded over 2 processes, 48 recomputed" in plan.table and "s/step" not in plan.table
+    while plan is not None:
+        assert plan.options.blocks_to_swap == 0 and plan.options.shard_base
+        plan = plan.tighter()
+    assert not settle(MemoryOptions(shard_base=True), footprint, 16 * GIB).fits
+    assert settle(MemoryOptions(shard_base=True), dataclasses.replace(whole, shards=8), 24 * GIB).fits

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -101,11 +102,12 @@ def test_a_sharded_run_is_the_replicated_one(tmp_path, checkpoint, weights, reco
 
 
 def test_accelerate_turns_it_on(tmp_path, checkpoint):
-    """docs/several-gpus.md: `accelerate launch --use_fsdp --fsdp_version 2 --num_processes 2`."""
+    """The launcher's flags as the guide has them."""
     space = write_workspace(tmp_path, checkpoint)
-    launcher = ["-m", "accelerate.commands.launch", "--use_fsdp", "--fsdp_version", 2, "--num_processes", 2]
-    launcher += ["--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no"]
-    launcher += ["--main_process_port", free_port()]
+    guide = (ROOT / "docs" / "several-gpus.md").read_text(encoding="utf-8")
+    (flags,) = re.findall(r"^accelerate launch (--use_fsdp.*) ltx2_train_network.py ", guide, re.MULTILINE)
+    launcher = ["-m", "accelerate.commands.launch", *flags.split(), "--num_machines", 1]
+    launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", free_port()]
     command = [sys.executable, *launcher, ROOT / "ltx2_train_network.py", *space.arguments("--max_train_steps", 2)]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=200, env=worker_environment())
     assert done.returncode == 0, done.stderr
