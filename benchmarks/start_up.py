@@ -4,59 +4,68 @@ python benchmarks/start_up.py --runs 2 -- --ltx2_checkpoint ltx-2.3.safetensors 
     --output_dir output --fp8_base --fp8_scaled --mixed_precision bf16
 
 The flags after -- are the trainer's. One JSON line a run; the second finds the checkpoint in the page cache.
+`weights_gib` is the size of the transformer's weights in the precision of the run, `host_share` the peak over it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
-import psutil
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
 
-SCRIPT = Path(__file__).resolve().parent.parent / "ltx2_train_network.py"
-INTERVAL = 0.05  # seconds between looks at the process
+import torch
+
+from benchmarks.processes import run_watched
+from ltx2_tuner.checkpoint import Checkpoint
+from ltx2_tuner.cli.arguments_memory import precision_options
+from ltx2_tuner.cli.config_file import parse_with_config
+from ltx2_tuner.cli.ltx2_train_network import build_parser
+from ltx2_tuner.memory.sizes import weight_sizes
+from ltx2_tuner.models.transformer import LTXTransformer, TransformerConfig
+
+SCRIPT = ROOT / "ltx2_train_network.py"
+_GIB = 2**30
 
 
 def measure(flags: list[str]) -> dict[str, object]:
     """One run of one step."""
-    command = [sys.executable, str(SCRIPT), *flags, "--max_train_steps", "1"]
-    start = time.perf_counter()
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, encoding="utf-8", errors="replace")
-    peak = [0]
-    watch = threading.Thread(target=_watch, args=(process.pid, peak), daemon=True)
-    watch.start()
-    text, first = "", None
-    while piece := process.stderr.read(1):
-        text += piece
-        if first is None and "avr_loss" in text[-400:]:
+    start, first, recent = time.perf_counter(), None, ""
+
+    def hear(piece: str) -> None:
+        nonlocal first, recent
+        recent = (recent + piece)[-40:]
+        if first is None and "avr_loss" in recent:
             first = time.perf_counter() - start
-    code = process.wait()
-    if code:
-        sys.stderr.write(text[-2000:])
+
+    outcome = run_watched([sys.executable, str(SCRIPT), *flags, "--max_train_steps", "1"], hear)
+    if outcome.status:
+        sys.stderr.write(outcome.error_text[-2000:])
+    weights = weight_bytes(flags)
     return {
         "first_step_sec": None if first is None else round(first, 2),
-        "total_sec": round(time.perf_counter() - start, 2),
-        "host_peak_gib": round(peak[0] / 2**30, 2),
-        "status": code,
+        "total_sec": round(outcome.seconds, 2),
+        **outcome.memory(),
+        "weights_gib": round(weights / _GIB, 2),
+        "host_share": round(outcome.host_peak / weights, 3),
+        "status": outcome.status,
         "flags": [flag for flag in flags if flag.startswith("--")],
     }
 
 
-def _watch(pid: int, peak: list[int]) -> None:
-    """Keep the largest private memory of a process; pages of mapped files are not its own."""
-    try:
-        process = psutil.Process(pid)
-        while True:
-            memory = process.memory_info()
-            peak[0] = max(peak[0], memory.rss - getattr(memory, "shared", 0))
-            time.sleep(INTERVAL)
-    except psutil.Error:
-        return
+def weight_bytes(flags: list[str]) -> int:
+    """Bytes of the transformer in the precision that the flags ask for."""
+    args = parse_with_config(build_parser(), flags)
+    checkpoint = Checkpoint.open(args.ltx2_checkpoint)
+    with torch.device("meta"):
+        model = LTXTransformer(TransformerConfig.from_dict(checkpoint.config["transformer"]))
+    checkpoint.close()
+    sizes = weight_sizes(model, precision_options(args).weights, args.dit_dtype)
+    return sizes.blocks * sizes.block + sizes.rest
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -64,10 +73,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--runs", type=int, default=2)
     parser.add_argument("flags", nargs="+", help="flags of ltx2_train_network.py, after --")
     args = parser.parse_args(argv)
-    lines = [measure(args.flags) for _ in range(args.runs)]
-    for line in lines:
+    status = 0
+    for _ in range(args.runs):
+        line = measure(args.flags)
         print(json.dumps(line), flush=True)
-    return int(any(line["status"] for line in lines))
+        status |= bool(line["status"])
+    return status
 
 
 if __name__ == "__main__":

@@ -9,24 +9,15 @@ from pathlib import Path
 
 import torch
 
-from ltx2_tuner.checkpoint import Checkpoint, component_id, write_tiny_checkpoint
+from ltx2_tuner.caching.synthetic import Clip, SyntheticCaches
+from ltx2_tuner.checkpoint import write_tiny_checkpoint
 from ltx2_tuner.cli.config_file import parse_with_config
 from ltx2_tuner.cli.ltx2_train_network import build_parser
 from ltx2_tuner.cli.regularizers import blank_prompt, preservation_prompts
 from ltx2_tuner.cli.training_config import training_config
-from ltx2_tuner.data.cache_files import write_audio, write_latents, write_text
-from ltx2_tuner.models.transformer import TransformerConfig
 from ltx2_tuner.training.build import build
 from ltx2_tuner.training.loop import Trainer
 from ltx2_tuner.training.sources import Processes, open_sources
-
-
-@dataclass(frozen=True)
-class Clip:
-    """One cached item: latent grid (F, H, W), and steps of sound (None: no sound cache)."""
-
-    grid: tuple[int, int, int] = (3, 2, 2)
-    sound: int | None = None
 
 
 @dataclass(frozen=True)
@@ -91,31 +82,7 @@ def write_workspace(
 
 def write_caches(folder: Path, path: Path, clips: Sequence[Clip]) -> None:
     """Random latents, sound and text for each clip, as the caching scripts would name them."""
-    checkpoint = Checkpoint.open(path)
-    model = TransformerConfig.from_dict(checkpoint.config["transformer"])
-    ids = {name: component_id(checkpoint, name) for name in ("video_encoder", "audio_encoder", "text")}
-    checkpoint.close()
-    folder.mkdir(parents=True, exist_ok=True)
-    generator = torch.Generator().manual_seed(0)
-    for index, clip in enumerate(clips):
-        frames, height, width = clip.grid
-        pixels = (frames - 1) * 8 + 1
-        size = f"{width * 32:04d}x{height * 32:04d}"
-        stem = f"{folder.name}{index}"
-        item = f"{stem}_00000-{pixels:03d}_{size}_ltx2"
-        latents = torch.randn(model.in_channels, frames, height, width, generator=generator)
-        facts = {"frame_count": pixels, "target_fps": 25.0, "width": width * 32, "height": height * 32}
-        write_latents(folder / f"{item}.safetensors", latents, {**facts, "component_id": ids["video_encoder"]})
-        if clip.sound is not None:
-            sound = torch.randn(2, clip.sound, 16, generator=generator)
-            write_audio(folder / f"{item}_audio.safetensors", sound, {"component_id": ids["audio_encoder"]})
-        write_text(
-            folder / f"{stem}_ltx2_te.safetensors",
-            torch.randn(16, model.context_width("video"), generator=generator),
-            torch.randn(16, model.context_width("audio"), generator=generator),
-            torch.ones(16, dtype=torch.int64),
-            {"component_id": ids["text"], "ltx_mode": "av", "caption1": f"clip {index}"},
-        )
+    SyntheticCaches(path).write_items(folder, clips)
 
 
 @dataclass

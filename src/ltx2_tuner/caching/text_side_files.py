@@ -41,7 +41,14 @@ class SideFile(ABC):
         Raises:
             UserError: an embedding is not finite.
         """
-        encoded = dict(zip(self.texts, encoder.encode(self.texts)))
+        self.save(dict(zip(self.texts, encoder.encode(self.texts))), mode)
+
+    def save(self, encoded: dict[str, PromptEmbedding], mode: str) -> None:
+        """Write the file of embeddings that are known already, by their texts.
+
+        Raises:
+            UserError: an embedding is not finite.
+        """
         for text, embedding in encoded.items():
             _check_finite(self.path, text, embedding)
         # Saved through memory: the name of the file would otherwise become part of its bytes.
