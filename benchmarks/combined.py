@@ -17,8 +17,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
 import torch
 
@@ -26,25 +26,26 @@ from benchmarks.full_size import CHECKPOINT, CLASS_PROMPT, DATASET
 from benchmarks.processes import run_watched
 from ltx2_tuner.training.run_log import read_log
 
-SCRIPT = ROOT / "ltx2_train_network.py"
+SCRIPT = Path(__file__).resolve().parent.parent / "ltx2_train_network.py"
 WARM_UP = 3  # steps
 SETTING = (
     "--ltx2_mode av --network_module networks.lora_ltx2 --network_dim 32 --network_alpha 32 --optimizer_type AdamW "
     "--learning_rate 1e-4 --seed 7 --mixed_precision bf16 --fp8_base --fp8_scaled --blocks_to_swap 40 "
     "--gradient_checkpointing"
-).split()
+)
 RUNS = {
-    "plain": [],
-    "regularized": f"--crepa --dop --dop_args class={CLASS_PROMPT} --use_precached_preservation".split(),
+    "plain": "",
+    "regularized": f"--crepa --dop --dop_args class={CLASS_PROMPT} --use_precached_preservation",
 }
 
 
 def measure(name: str, folder: Path, steps: int, more: list[str]) -> dict[str, object]:
     """One run of the script."""
+    setting = [*SETTING.split(), *RUNS[name].split(), *more]
     with tempfile.TemporaryDirectory() as output:
         flags = ["--ltx2_checkpoint", str(folder / CHECKPOINT), "--dataset_config", str(folder / DATASET)]
         flags += ["--output_dir", output, "--output_name", name, "--max_train_steps", str(steps)]
-        flags += [*SETTING, *RUNS[name], *more]
+        flags += setting
         outcome = run_watched([sys.executable, str(SCRIPT), *flags])
         rows = read_log(Path(output) / f"{name}.log.csv")
     if outcome.status:
@@ -60,7 +61,7 @@ def measure(name: str, folder: Path, steps: int, more: list[str]) -> dict[str, o
         **outcome.memory(),
         "total_sec": round(outcome.seconds, 1),
         "losses": {key: value for key, value in last.items() if key.startswith("loss/")},
-        "flags": [*SETTING, *RUNS[name], *more],
+        "flags": setting,
         "status": outcome.status,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "torch": torch.__version__,

@@ -15,8 +15,8 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
 import torch
 
@@ -28,7 +28,7 @@ from ltx2_tuner.cli.ltx2_train_network import build_parser
 from ltx2_tuner.memory.sizes import weight_sizes
 from ltx2_tuner.models.transformer import LTXTransformer, TransformerConfig
 
-SCRIPT = ROOT / "ltx2_train_network.py"
+SCRIPT = Path(__file__).resolve().parent.parent / "ltx2_train_network.py"
 _GIB = 2**30
 
 
