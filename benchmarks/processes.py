@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -18,12 +19,13 @@ _GIB = 2**30
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a script ended. host_peak, driver_peak: bytes, see `MemoryWatch`. error_text: what it wrote to stderr."""
+    """How a script ended. host_peak, driver_peak: bytes, see `MemoryWatch`. output, error_text: stdout and stderr."""
 
     status: int
     seconds: float
     host_peak: int
     driver_peak: int
+    output: str
     error_text: str
 
     def memory(self) -> dict[str, float]:
@@ -41,17 +43,20 @@ def run_watched(command: Sequence[str], heard: Callable[[str], None] = lambda te
         heard: called with each piece of stderr as soon as it is there.
     """
     start = time.perf_counter()
-    process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, encoding="utf-8", errors="replace"
-    )
-    watch = MemoryWatch(process.pid)
-    pieces = []
-    while piece := process.stderr.read(1):
-        pieces.append(piece)
-        heard(piece)
-    status = process.wait()
-    watch.join()
-    return Outcome(status, time.perf_counter() - start, watch.host_peak, watch.driver_peak, "".join(pieces))
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as output:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.PIPE, text=True, encoding="utf-8", errors="replace"
+        )
+        watch = MemoryWatch(process.pid)
+        pieces = []
+        while piece := process.stderr.read(1):
+            pieces.append(piece)
+            heard(piece)
+        status = process.wait()
+        seconds = time.perf_counter() - start
+        watch.join()
+        output.seek(0)
+        return Outcome(status, seconds, watch.host_peak, watch.driver_peak, output.read(), "".join(pieces))
 
 
 class MemoryWatch(threading.Thread):

@@ -35,14 +35,19 @@ STAGES = (
 )
 
 
-def encoder_config(tiny: bool) -> VideoVAEConfig:
-    """The 2.3 encoder; tiny: eight channels and one layer a stage."""
+def encoder_section(tiny: bool) -> dict[str, Any]:
+    """The config's `vae` section of the 2.3 encoder; tiny: eight channels and one layer a stage."""
     blocks: list[list[Any]] = []
     for layers, resampling, multiplier in STAGES:
         blocks.append(["res_x", {"num_layers": 1 if tiny else layers}])
         if resampling:
             blocks.append([resampling, {"multiplier": multiplier}])
-    return VideoVAEConfig.from_dict({"latent_channels": 8 if tiny else 128, "encoder_blocks": blocks})
+    return {"latent_channels": 8 if tiny else 128, "encoder_blocks": blocks}
+
+
+def encoder_config(tiny: bool) -> VideoVAEConfig:
+    """The encoder's config as the model takes it."""
+    return VideoVAEConfig.from_dict(encoder_section(tiny))
 
 
 def measure(encoder: VideoEncoder, pixels: torch.Tensor, tiles: TileConfig, repeats: int) -> tuple[float, float | None]:

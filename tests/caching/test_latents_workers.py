@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import psutil
 import pytest
 
 from ltx2_tuner.caching.batching import lay_out
-from ltx2_tuner.caching.workers import Workers
+from ltx2_tuner.caching.workers import Workers, ahead
 
 
 def double(value: int) -> int:
@@ -79,3 +80,48 @@ def test_batches_hold_equal_items_in_order_of_completion():
     items = ["a1", "b1", "a2", "a3", "b2", "c1"]
     assert lay_out(items, 2, key=lambda item: item[0]) == [("a1", "a2"), ("b1", "b2"), ("a3",), ("c1",)]
     assert lay_out([], 2, key=len) == []
+
+
+def test_pieces_are_fetched_ahead_in_order_up_to_the_bound():
+    fetched = []
+
+    def slowly():
+        for number in range(6):
+            fetched.append(number)
+            yield number
+
+    taken = ahead(slowly(), 2)
+    assert next(taken) == 0
+    deadline = time.monotonic() + 5
+    while len(fetched) < 4 and time.monotonic() < deadline:  # two wait, one is in the thread's hand
+        time.sleep(0.01)
+    time.sleep(0.2)
+    assert fetched == [0, 1, 2, 3]
+    assert list(taken) == [1, 2, 3, 4, 5]
+
+
+def test_an_error_of_the_thread_arrives_after_the_pieces_before_it():
+    def failing():
+        yield 1
+        raise KeyError("a bug")
+
+    taken = ahead(failing(), 2)
+    assert next(taken) == 1
+    with pytest.raises(KeyError, match="a bug"):
+        next(taken)
+
+
+def test_closing_ends_the_thread_and_what_it_reads_from():
+    closed = threading.Event()
+
+    def endless():
+        try:
+            yield from iter(int, 1)
+        finally:
+            closed.set()
+
+    before = threading.active_count()
+    taken = ahead(endless(), 2)
+    next(taken)
+    taken.close()
+    assert closed.is_set() and threading.active_count() == before

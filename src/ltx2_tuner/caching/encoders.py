@@ -53,7 +53,8 @@ class VideoLatents:
     """
 
     def __init__(self, encoder: VideoEncoder, tiles: TileConfig) -> None:
-        self.encoder = encoder
+        # As the activations are: convolutions would bring them into this order at every call.
+        self.encoder = encoder.to(memory_format=torch.channels_last_3d)
         self.tiles = self._asked = tiles
         self.fallbacks: list[str] = []
         self._largest_batch: int | None = None
@@ -85,7 +86,8 @@ class VideoLatents:
         return {**metadata, "preprocess": canonical_json(settings)}
 
     def _batch(self, clips: Sequence[np.ndarray]) -> list[Tensor]:
-        pixels = torch.from_numpy(np.stack([pad_frames(clip) for clip in clips]))  # (B, N, H, W, 3)
+        padded = [pad_frames(clip) for clip in clips]
+        pixels = torch.from_numpy(padded[0][None] if len(padded) == 1 else np.stack(padded))  # (B, N, H, W, 3)
         latents = tiling.encode(self.encoder, pixels.permute(0, 4, 1, 2, 3), self.tiles)
         return list(latents.cpu())
 

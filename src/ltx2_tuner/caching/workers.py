@@ -9,9 +9,11 @@ that job fails.
 from __future__ import annotations
 
 import multiprocessing
+import queue
 import signal
+import threading
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any, TypeVar
 
 Job = TypeVar("Job")
@@ -89,6 +91,51 @@ class Workers:
         while len(self._running) <= number:
             self._running.append(_Worker())
         return self._running[number]
+
+
+def ahead(pieces: Generator[Piece, None, None], count: int) -> Generator[Piece, None, None]:
+    """The same pieces in the same order, fetched by a thread while the caller is busy with the last one.
+
+    Close the generator (contextlib.closing) where not all of it may be used: that waits for the thread, which closes
+    `pieces`.
+
+    Args:
+        count: pieces that may wait to be used.
+    """
+    ready: queue.Queue[tuple[int, Any]] = queue.Queue(count)
+    stopped = threading.Event()
+
+    def put(kind: int, value: Any) -> None:
+        while not stopped.is_set():
+            try:
+                return ready.put((kind, value), timeout=0.1)
+            except queue.Full:
+                continue
+
+    def fetch() -> None:
+        try:
+            for piece in pieces:
+                put(_PIECE, piece)
+                if stopped.is_set():
+                    break
+            pieces.close()
+            put(_END, None)
+        except BaseException as error:
+            put(_ERROR, error)
+
+    thread = threading.Thread(target=fetch, daemon=True)
+    thread.start()
+    try:
+        while True:
+            kind, value = ready.get()
+            if kind == _END:
+                return
+            if kind == _ERROR:
+                raise value
+            yield value
+    finally:
+        stopped.set()
+        thread.join()
 
 
 class _Single:
