@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -11,9 +12,11 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 
+from ltx2_tuner.caching import workers as workers_module
 from ltx2_tuner.caching.batching import lay_out
 from ltx2_tuner.caching.workers import Workers, ahead
 
@@ -125,3 +128,35 @@ def test_closing_ends_the_thread_and_what_it_reads_from():
     next(taken)
     taken.close()
     assert closed.is_set() and threading.active_count() == before
+
+
+def arrays(value: int):
+    """Clips larger than a pipe holds, among them one without values and one that is no whole block of memory."""
+    yield value, np.arange(value * 100_000, dtype=np.int32).reshape(value, -1)
+    yield value, np.zeros((0, 3), dtype=np.float32)
+    yield value, np.arange(60_000, dtype=np.int64).reshape(200, 300)[::2, ::3]
+
+
+@pytest.mark.parametrize("raw", [True, False])
+def test_arrays_arrive_as_they_were_and_can_be_written_to(raw, monkeypatch):
+    if raw and not hasattr(os, "readv"):
+        pytest.skip("no readv here")
+    monkeypatch.setattr(workers_module, "_RAW", raw)
+    ours, theirs = multiprocessing.Pipe()
+    for value in (1, 3):
+        for piece in arrays(value):
+            sender = threading.Thread(target=workers_module._send, args=(theirs, piece))
+            sender.start()
+            number, array = workers_module._receive(ours)
+            sender.join()
+            assert number == value and array.flags.writeable
+            np.testing.assert_array_equal(array, piece[1], strict=True)
+
+
+def test_arrays_come_out_of_a_process_in_order():
+    with Workers(2) as workers:
+        found = list(workers.stream(arrays, [2, 5], crashed=lambda job: None))
+    expected = [(job, piece) for job in (2, 5) for piece in arrays(job)]
+    assert [(job, piece[0]) for job, piece in found] == [(job, piece[0]) for job, piece in expected]
+    for (_, mine), (_, theirs) in zip(found, expected):
+        np.testing.assert_array_equal(mine[1], theirs[1], strict=True)

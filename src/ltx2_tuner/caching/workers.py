@@ -9,17 +9,24 @@ that job fails.
 from __future__ import annotations
 
 import multiprocessing
+import os
+import pickle
 import queue
 import signal
 import threading
 import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator
+from multiprocessing.connection import Connection
 from typing import Any, TypeVar
+
+import numpy as np
 
 Job = TypeVar("Job")
 Piece = TypeVar("Piece")
 
 _PIECE, _END, _ERROR = range(3)
+# A connection's own methods for bytes copy them several times; where it is a file descriptor none is needed.
+_RAW = hasattr(os, "readv")
 
 
 class Workers:
@@ -172,7 +179,7 @@ class _Worker:
     def pieces(self, crashed: Callable[[Job], Piece], job: Job) -> Iterator[Piece]:
         while True:
             try:
-                kind, piece = self.connection.recv()
+                kind, piece = _receive(self.connection)
             except (EOFError, OSError):
                 self.stop()
                 self._start()
@@ -190,6 +197,35 @@ class _Worker:
         self.process.join()
 
 
+def _send(connection: Connection, message: object) -> None:
+    """Send a message, the bytes of its arrays as they are beside it: pickled, a clip would be copied twice more."""
+    arrays: list[pickle.PickleBuffer] = []
+    head = pickle.dumps(message, protocol=5, buffer_callback=arrays.append)
+    views = [array.raw() for array in arrays]
+    connection.send((head, [view.nbytes for view in views]))
+    for view in views:
+        if not _RAW:
+            connection.send_bytes(view)
+        while _RAW and view:
+            view = view[os.write(connection.fileno(), view) :]
+
+
+def _receive(connection: Connection) -> Any:
+    """What `_send` sent."""
+    head, sizes = connection.recv()
+    buffers = [np.empty(size, dtype=np.uint8) for size in sizes]
+    for buffer in buffers:
+        view = memoryview(buffer)
+        if not _RAW:
+            connection.recv_bytes_into(view)
+        while _RAW and view:
+            count = os.readv(connection.fileno(), [view])
+            if not count:
+                raise EOFError
+            view = view[count:]
+    return pickle.loads(head, buffers=buffers)
+
+
 def _serve(connection) -> None:
     """The main loop of a worker process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process decides what an interrupt means
@@ -200,9 +236,9 @@ def _serve(connection) -> None:
             return
         try:
             for piece in function(job):
-                connection.send((_PIECE, piece))
-            connection.send((_END, None))
+                _send(connection, (_PIECE, piece))
+            _send(connection, (_END, None))
         except OSError:  # nobody listens any more
             return
         except Exception:
-            connection.send((_ERROR, traceback.format_exc()))
+            _send(connection, (_ERROR, traceback.format_exc()))
