@@ -112,6 +112,7 @@ def test_help_names_every_flag():
 
 def test_models_are_opened_before_any_clip(tmp_path, capsys, monkeypatch):
     """A mistyped checkpoint is told at once, not after a look into thousands of clips."""
+    monkeypatch.chdir(tmp_path)  # paths of a dataset file are relative to where the script runs
     (tmp_path / "clips").mkdir()
     dataset = tmp_path / "d.toml"
     dataset.write_text(
@@ -123,6 +124,7 @@ def test_models_are_opened_before_any_clip(tmp_path, capsys, monkeypatch):
 
 
 def test_a_file_without_an_autoencoder_says_so(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     lora = tmp_path / "lora.safetensors"
     write_safetensors(lora, {"lora_unet_x.lora_down.weight": torch.zeros(1, 2)})
     dataset = tmp_path / "d.toml"
