@@ -10,9 +10,13 @@ from ltx2_tuner.memory.options import CompileOptions, MemoryOptions
 from ltx2_tuner.memory.prepare import prepare_model
 from ltx2_tuner.models.transformer import LTXTransformer
 from ltx2_tuner.training.acceleration import accelerate
+from tests.memory import blocks
 from tests.models.transformer import tiny
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 
 
 def adapted() -> tuple[LTXTransformer, LoRANetwork]:
@@ -67,3 +71,45 @@ def test_a_second_forward_before_the_first_backward_is_not_replayed() -> None:
     sum(losses).backward()
     for parameter, wanted in zip(network.parameters(), single):
         torch.testing.assert_close(parameter.grad, 2 * wanted, rtol=1e-3, atol=1e-4)
+
+
+def frozen(weights: str, count: int, *, recompute: bool, compiled: bool) -> tuple[LTXTransformer, LoRANetwork, object]:
+    """A model with `count` streamed blocks, and its recorder where it is compiled."""
+    torch._dynamo.reset()
+    model, network = blocks.adapted(weights, "cuda", torch.bfloat16)
+    options = MemoryOptions(blocks_to_swap=count, checkpointing=recompute)
+    plan = prepare_model(model, options, CompileOptions(enabled=compiled), torch.device("cuda"))
+    return model, network, accelerate(model, network, plan, torch.bfloat16, graphs=compiled)
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("weights", ["dense", "fp8", "nf4"])
+def test_streamed_passes_are_recorded_with_their_copies(weights: str, recompute: bool) -> None:
+    model, network, _ = frozen(weights, 0, recompute=recompute, compiled=False)
+    expected = blocks.gradients(model, network, "cuda")
+    for count in (1, 2, blocks.BLOCKS - 1):
+        model, network, graphs = frozen(weights, count, recompute=recompute, compiled=True)
+        for number in range(8):
+            found = blocks.gradients(model, network, "cuda")
+            for actual, wanted in zip(found, expected):
+                error = (actual.float() - wanted.float()).norm() / wanted.float().norm().clamp(min=1e-6)
+                assert error < 2e-2, (count, number)
+            if number % 3 == 2:  # other passes leave other blocks in the ring
+                streams = {name: tiny.to(value, "cuda") for name, value in tiny.inputs(model.config).items()}
+                with torch.no_grad():
+                    model(**streams)
+        assert len(graphs.recordings) == 1
+
+
+def test_released_recordings_are_made_again() -> None:
+    model, network = adapted()
+    streams = {name: tiny.to(modality, "cuda") for name, modality in tiny.inputs(model.config).items()}
+    plan = prepare_model(model, MemoryOptions(), CompileOptions(), torch.device("cuda"))
+    graphs = accelerate(model, network, plan, torch.float32)
+    before = [gradients(model, network, streams) for _ in range(4)][-1]
+    assert len(graphs.recordings) == 1
+    graphs.release()
+    assert not graphs.recordings
+    for pair in zip(gradients(model, network, streams), before):
+        torch.testing.assert_close(*pair, rtol=1e-5, atol=1e-6)
+    assert len(graphs.recordings) == 1

@@ -147,29 +147,44 @@ class WorkingCopies:
         self.masters = [master for group in self.groups for master in group.masters()]
         self.shapes = [shape for group in self.groups for shape in group.shapes()]
         self.counts = [len(group.adapters) for group in self.groups for _ in group.shapes()]
+        self._leaves: list[Tensor] | None = None
 
     def __call__(self) -> None:
-        copies = iter(_Copy.apply(self.dtype, self.shapes, self.counts, *self.masters))
+        if self._leaves is None:
+            tensors = _Copy.apply(self.dtype, self.shapes, self.counts, *self.masters)
+        else:
+            tensors = _copied(self.masters, self.dtype, self.shapes)
+            self._leaves[:] = [tensor.requires_grad_() for tensor in tensors]
+        copies = iter(tensors)
         for group in self.groups:
             group.use(next(copies), next(copies))
 
     @contextlib.contextmanager
-    def recorded(self) -> Iterator[dict[nn.Parameter, Tensor]]:
-        """Within the block passes read other leaves in place of the masters: what they are, by master.
+    def recorded(self) -> Iterator[list[Tensor]]:
+        """Within the block the copies of a pass are leaves of the graph: these, once the pass has begun.
 
         Autograd ties a leaf to the stream of the first graph that reaches it, as long as any such graph lives (somebody
         may hold the last loss). Passes that are recorded on a stream of their own need leaves that nobody has used.
         """
-        masters = self.masters
-        self.masters = [master.detach().requires_grad_(master.requires_grad) for master in masters]
+        self._leaves = []
         try:
-            yield dict(zip(masters, self.masters))
+            yield self._leaves
         finally:
-            self.masters = masters
+            self._leaves = None
             for group in self.groups:
                 group.down = group.up = None
                 for adapter in group.adapters:
                     adapter.copies = None
+
+    def of_masters(self, gradients: Sequence[Tensor | None]) -> list[tuple[nn.Parameter, Tensor]]:
+        """Gradients of the copies, None where a pass reached none -> trained masters and views of their gradients."""
+        pairs, first = [], 0
+        for gradient, count in zip(gradients, self.counts):
+            masters = self.masters[first : first + count]
+            if gradient is not None:
+                pairs += zip(masters, gradient.reshape(count, *masters[0].shape).unbind())
+            first += count
+        return [(master, gradient) for master, gradient in pairs if master.requires_grad]
 
 
 class _Copy(torch.autograd.Function):
@@ -181,9 +196,7 @@ class _Copy(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.counts, ctx.shapes, ctx.dtype = counts, [master.shape for master in masters], masters[0].dtype
         ctx.set_materialize_grads(False)
-        flat = torch.empty(sum(master.numel() for master in masters), dtype=dtype, device=masters[0].device)
-        torch._foreach_copy_(_views(flat, ctx.shapes), list(masters))
-        return tuple(_views(flat, shapes))
+        return tuple(_copied(masters, dtype, shapes))
 
     @staticmethod
     def backward(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -202,6 +215,14 @@ class _Copy(torch.autograd.Function):
         torch._foreach_copy_(results, list(found.values()))
         by_master = dict(zip(found, results))
         return None, None, None, *(by_master.get(index) for index in range(first))
+
+
+@torch.no_grad()
+def _copied(masters: Sequence[Tensor], dtype: torch.dtype, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+    """One flat copy of all masters in another dtype, as tensors of `shapes`."""
+    flat = torch.empty(sum(master.numel() for master in masters), dtype=dtype, device=masters[0].device)
+    torch._foreach_copy_(_views(flat, [master.shape for master in masters]), list(masters))
+    return _views(flat, shapes)
 
 
 def _views(flat: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:

@@ -32,17 +32,15 @@ def compiler_works(device: torch.device) -> bool:
 def compile_blocks(
     blocks: nn.ModuleList,
     *,
-    by_part: bool = True,
     backend: str = "inductor",
     mode: str | None = None,
     dynamic: bool | None = False,
     fullgraph: bool = False,
     cache_entries: int = CACHE_ENTRIES,
 ) -> None:
-    """Compile each block in place, after adapters are attached.
+    """Compile the parts of each block in place, after adapters are attached; `TwoStreams` calls them one by one.
 
     Args:
-        by_part: compile the parts of a block, which `TwoStreams` calls one by one, instead of the block as one.
         mode: torch.compile's mode; None is its default.
         dynamic: False compiles each shape anew, True and None let torch make shapes symbolic.
         cache_entries: compilations kept before torch falls back to eager; too few of them turn a run with many
@@ -54,8 +52,5 @@ def compile_blocks(
     )
     keywords = {"backend": backend, "mode": mode, "dynamic": dynamic, "fullgraph": fullgraph}
     for block in blocks:
-        if not by_part:
-            block.compile(**keywords)
-            continue
         for name in PARTS:
             setattr(block, name, torch.compile(getattr(block, name), **keywords))

@@ -15,13 +15,15 @@ import dataclasses
 import gc
 import logging
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from ltx2_tuner.memory.streaming import BlockStore, RingState
 from ltx2_tuner.models.transformer import LTXTransformer, Modality
 from ltx2_tuner.models.transformer.block import BasicAVTransformerBlock
 from ltx2_tuner.models.transformer.model import run_block
@@ -31,8 +33,10 @@ logger = logging.getLogger(__name__)
 
 Streams = tuple[Modality | None, Modality | None]
 Velocities = tuple[Tensor | None, Tensor | None]
-MEMORY = 1.25  # times what a pass needs has to be free: what a recording holds, validation and previews cannot use
-WARM_UP = 2  # passes of a shape before it is recorded: compilation and library set-up cannot be
+WARM_UP = 2  # passes before the first recording: compilation and library set-up cannot be recorded
+WARM_UP_LATER = 1  # passes of any further shape
+_SPARE = 2**30  # bytes (or a quarter of what a pass needs) that stay free: validation cannot use what recordings hold
+_PATIENCE = 4  # times a shape may push out the recordings of others before recording is given up
 
 
 class TwoStreams:
@@ -71,14 +75,25 @@ class TwoStreams:
         return video, audio
 
 
+class Copies(Protocol):
+    """What passes read in place of the trained parameters (lora.joint.WorkingCopies)."""
+
+    def recorded(self) -> AbstractContextManager[list[Tensor]]:
+        """A context in which passes read fresh leaves, which it lists."""
+
+    def of_masters(self, gradients: Sequence[Tensor | None]) -> list[tuple[nn.Parameter, Tensor]]:
+        """The parameters that have a gradient, given those of the leaves."""
+
+
 @dataclass
 class _Recording:
-    """A recorded pass and the tensors it reads and writes."""
+    """A recorded pass, the tensors it reads and writes, and the ring's states before, between and after its halves."""
 
     inputs: Streams
-    velocities: Velocities
-    gradients: Velocities  # of the velocities
-    reached: list[nn.Parameter]  # parameters that get a gradient
+    velocities: Velocities = (None, None)
+    gradients: Velocities = (None, None)  # of the velocities
+    found: dict[nn.Parameter, Tensor] = field(default_factory=dict)  # gradients that the pass leaves
+    ring: list[RingState] = field(default_factory=list)
     forward: torch.cuda.CUDAGraph = field(default_factory=torch.cuda.CUDAGraph)
     backward: torch.cuda.CUDAGraph = field(default_factory=torch.cuda.CUDAGraph)
 
@@ -91,14 +106,16 @@ class TrainingGraphs:
     """Stands in place of a model's `forward`, and leaves the gradients of a replayed pass in `parameter.grad`.
 
     Gradients add up over several passes as they do with autograd; they reach `parameters` alone, and only through
-    `backward`, not through `torch.autograd.grad`.
+    `backward`, not through `torch.autograd.grad`. They lie where the next pass keeps its activations: whoever wants
+    them longer than that has to copy them.
 
     Args:
-        model: with its adapters attached and its blocks compiled; weights stay at their addresses.
+        model: with its adapters attached and its blocks compiled; weights stay at their addresses, but for those that
+            a BlockStore brings.
         parameters: what is trained.
         state: what else a recording depends on, asked before each pass.
-        leaves: a context in which passes read fresh leaves in place of the parameters, given by parameter (a leaf that
-            was used on one stream cannot be recorded on another).
+        copies: what passes read in place of the parameters (a leaf that was used on one stream cannot be recorded on
+            another).
         streams: 2 puts the sound stream's kernels beside the picture's.
     """
 
@@ -107,50 +124,67 @@ class TrainingGraphs:
         model: LTXTransformer,
         parameters: Sequence[nn.Parameter],
         state: Callable[[], Hashable],
-        leaves: Callable[[], AbstractContextManager[Mapping[nn.Parameter, Tensor]]],
+        copies: Copies,
         streams: int = 2,
     ) -> None:
-        self.model, self.parameters, self.state, self.leaves = model, list(parameters), state, leaves
+        self.model, self.parameters, self.state, self.copies = model, list(parameters), state, copies
         self.eager = model.forward
+        self.store = model.block_runner if isinstance(model.block_runner, BlockStore) else None
+        self.runner = model.block_runner
         self.recordings: dict[Hashable, _Recording] = {}
+        self.grads: dict[nn.Parameter, Tensor] = {}  # of the pass replayed last, in one flat tensor for all shapes
         self.seen: dict[Hashable, int] = {}
+        self.refused: set[Hashable] = set()
         self.pool = torch.cuda.graph_pool_handle()
+        self.held = 0  # bytes of the pool
+        self.pushed_out = 0
+        self.main = torch.cuda.Stream()
         self.two_streams = TwoStreams()
         self.streams = streams
         self.anchor = torch.zeros((), requires_grad=True)  # what makes autograd call the backward pass
         self.unfinished: weakref.ref[_Pass] | None = None
-        # Gradients of the pass replayed last, one flat tensor for all shapes.
-        first = self.parameters[0]
-        flat = torch.zeros(sum(p.numel() for p in self.parameters), dtype=first.dtype, device=first.device)
-        pieces = flat.split([p.numel() for p in self.parameters])
-        self.grads = {p: piece.view_as(p) for p, piece in zip(self.parameters, pieces)}
         model.forward = self
 
     def remove(self) -> None:
         """The model's own forward again."""
-        self.recordings.clear()
+        self.release()
         del self.model.forward
+
+    def release(self) -> None:
+        """Give back the memory of all recordings; passes are recorded anew when their shapes come again."""
+        if not self.recordings:
+            return
+        self.recordings.clear()
+        self.grads = {}
+        self.held = 0
+        if self.pool is not None:
+            self.pool = torch.cuda.graph_pool_handle()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
 
     def __call__(
         self, video: Modality | None, audio: Modality | None, perturbations: Perturbations | None = None
     ) -> Velocities:
-        key = self._key((video, audio))
         if perturbations is not None or not self._applies():
             return self.eager(video, audio, perturbations)
+        key = self._key((video, audio))
         if key not in self.recordings:
             self.seen[key] = self.seen.get(key, 0) + 1
-            if self.seen[key] <= WARM_UP or not self._record(key, (video, audio)):
+            warm = self.seen[key] > (WARM_UP_LATER if len(self.seen) > 1 else WARM_UP)
+            if not warm or key in self.refused or not self._record(key, (video, audio)):
+                self._make_room()
                 return self.eager(video, audio)
+        self._keep_gradients()
         token = _Pass()
         self.unfinished = weakref.ref(token)
-        results = iter(_Replay.apply(self.anchor, self, key, token, *_tensors((video, audio))))
+        results = iter(_Replay.apply(self.anchor, self, self.recordings[key], token, *_tensors((video, audio))))
         return tuple(None if stream is None else next(results) for stream in (video, audio))
 
     def _applies(self) -> bool:
         model = self.model
         if not (torch.is_grad_enabled() and model.training and model.block_outputs is None):
             return False
-        if model.block_runner is not run_block or (self.unfinished is not None and self.unfinished() is not None):
+        if model.block_runner is not self.runner or (self.unfinished is not None and self.unfinished() is not None):
             return False
         return self.pool is not None
 
@@ -165,84 +199,147 @@ class TrainingGraphs:
             parts.append(modality is None)
         return tuple(parts)
 
+    def _make_room(self) -> None:
+        """Let go of the recordings where a pass that is not recorded would not fit beside them."""
+        unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated() - self.held
+        if not self.recordings or _room() + max(unused, 0) > self.held + _SPARE:
+            return
+        self.release()
+        self.pushed_out += 1
+        if self.pushed_out > _PATIENCE * len(self.seen):
+            self._give_up("the memory is too small for the passes of all shapes")
+
+    def _give_up(self, reason: str) -> None:
+        logger.info("training runs without CUDA graphs: %s", reason)
+        self.release()
+        self.pool = None
+
     def _record(self, key: Hashable, streams: Streams) -> bool:
-        """Record a pass; False (and never again) where that fails for want of memory or support."""
+        """Record a pass; False (and never again for this shape) where memory is short."""
         gc.collect()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # the passes run so far hold memory of their own that the recording will need
-        if torch.cuda.mem_get_info()[0] < MEMORY * (torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()):
-            logger.info("training runs without CUDA graphs: the memory of a recorded pass would be missing elsewhere")
-            self.pool = None
+        needed = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
+        room = _room() - max(needed - self.held, 0)
+        if room < min(_SPARE, needed // 4):
+            logger.info(
+                "a batch shape runs without a CUDA graph: it takes %.1f GiB, and %.1f would be left for validation",
+                needed / 2**30,
+                room / 2**30,
+            )
+            self.refused.add(key)
             return False
+        before = torch.cuda.memory_reserved()
         try:
-            with self.leaves() as leaves:
+            with self.copies.recorded() as leaves:
                 self.recordings[key] = self._recorded(streams, leaves)
-        except RuntimeError as error:  # out of memory is one, too
-            logger.warning("training runs without CUDA graphs: %s", str(error).splitlines()[0])
+            self.held += torch.cuda.memory_reserved() - before
+        except torch.OutOfMemoryError as error:
+            logger.info("a batch shape runs without a CUDA graph: %s", str(error).splitlines()[0])
+            self.refused.add(key)
+            self.release()
+        except RuntimeError as error:
             logger.debug("recording failed", exc_info=True)
-            self.recordings.clear()
-            self.pool = None
+            self._give_up(str(error).splitlines()[0])
         finally:
             self.two_streams.kept.clear()
-            self.model.block_runner = run_block
+            self.model.block_runner = self.runner
+            if self.store is not None:
+                self.store.run = run_block
+                self.store.empty_ring()
         return key in self.recordings
 
-    def _recorded(self, streams: Streams, leaves: Mapping[nn.Parameter, Tensor]) -> _Recording:
-        inputs = tuple(None if modality is None else _copied(modality) for modality in streams)
-        recording = _Recording(inputs, (None, None), (None, None), [])
-        if self.streams == 2:
+    def _recorded(self, streams: Streams, leaves: list[Tensor]) -> _Recording:
+        recording = _Recording(tuple(None if modality is None else _copied(modality) for modality in streams))
+        if self.store is not None:
+            recording.ring.append(self.store.state())
+        if self.streams == 2 and self.store is not None:
+            self.store.run = self.two_streams
+        elif self.streams == 2:
             self.model.block_runner = self.two_streams
-        with self._recording_into(recording.forward):
-            velocities = self.eager(*inputs)
+        with self._recording_into(recording.forward, recording):
+            velocities = self.eager(*recording.inputs)
         present = [velocity for velocity in velocities if velocity is not None]
         recording.velocities = tuple(None if velocity is None else velocity.detach() for velocity in velocities)
         gradients = [torch.zeros_like(velocity) for velocity in present]
         waiting = iter(gradients)
         recording.gradients = tuple(None if velocity is None else next(waiting) for velocity in velocities)
-        with self._recording_into(recording.backward):
-            wanted = [leaves[parameter] for parameter in self.parameters]
-            found = torch.autograd.grad(present, wanted, gradients, allow_unused=True)
-            pairs = [(p, grad) for p, grad in zip(self.parameters, found) if grad is not None]
-            torch._foreach_copy_([self.grads[p] for p, _ in pairs], [grad for _, grad in pairs])
-        recording.reached = [p for p, _ in pairs]
+        with self._recording_into(recording.backward, recording):
+            found = torch.autograd.grad(present, leaves, gradients, allow_unused=True)
+            pairs = self.copies.of_masters(found)
+            # Made when the activations are gone, in their memory.
+            self.grads = self.grads or _flat(self.parameters)
+            recording.found = {parameter: self.grads[parameter] for parameter, _ in pairs}
+            torch._foreach_copy_(list(recording.found.values()), [gradient for _, gradient in pairs])
         return recording
 
     @contextlib.contextmanager
-    def _recording_into(self, graph: torch.cuda.CUDAGraph) -> Iterator[None]:
+    def _recording_into(self, graph: torch.cuda.CUDAGraph, recording: _Recording) -> Iterator[None]:
         # Other threads (data loading) may allocate pinned memory meanwhile, hence thread_local.
-        side = self.two_streams.side
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-            side.wait_stream(torch.cuda.current_stream())
+        main, side = self.main, self.two_streams.side
+        with torch.cuda.graph(graph, pool=self.pool, stream=main, capture_error_mode="thread_local"):
+            side.wait_stream(main)
+            ring = contextlib.nullcontext()
+            if self.store is not None:
+                ring = self.store.recording(recording.ring[-1], main, side)
             try:
-                yield
+                with ring:
+                    yield
             finally:  # also when something failed: a recording ends properly only with all streams back
-                torch.cuda.current_stream().wait_stream(side)
+                main.wait_stream(side)
+        if self.store is not None:
+            recording.ring.append(self.store.state())
+
+    def _keep_gradients(self) -> None:
+        """Copy gradients of an earlier pass of this step out of the memory that is about to be overwritten."""
+        for parameter, gradient in self.grads.items():
+            if parameter.grad is gradient:
+                parameter.grad = gradient.clone()
+
+    def replay(self, recording: _Recording, half: int) -> None:
+        """The forward (0) or backward (1) pass of a recording."""
+        graph = recording.backward if half else recording.forward
+        if self.store is None:
+            graph.replay()
+        else:
+            self.store.replay(recording.ring[half], recording.ring[half + 1], graph)
 
     def deposit(self, recording: _Recording, gradients: Sequence[Tensor | None]) -> None:
         """Replay the backward pass of the velocities' gradients and add what it finds to `parameter.grad`."""
         for static, gradient in zip(recording.gradients, gradients):
             if static is not None:
                 static.zero_() if gradient is None else static.copy_(gradient)
-        for parameter in self.parameters:
-            if parameter.grad is self.grads[parameter]:  # of an earlier pass: about to be overwritten
-                parameter.grad = parameter.grad.clone()
-        recording.backward.replay()
-        held = [p for p in recording.reached if p.grad is not None]
+        self._keep_gradients()
+        self.replay(recording, 1)
+        held = [p for p in recording.found if p.grad is not None]
         if held:
-            torch._foreach_add_([p.grad for p in held], [self.grads[p] for p in held])
-        for parameter in recording.reached:
+            torch._foreach_add_([p.grad for p in held], [recording.found[p] for p in held])
+        for parameter, gradient in recording.found.items():
             if parameter.grad is None:
-                parameter.grad = self.grads[parameter]
+                parameter.grad = gradient
+
+
+def _flat(parameters: Sequence[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
+    """A tensor for the gradient of each parameter, side by side."""
+    counts = [parameter.numel() for parameter in parameters]
+    flat = torch.empty(sum(counts), dtype=parameters[0].dtype, device=parameters[0].device)
+    return {parameter: piece.view_as(parameter) for parameter, piece in zip(parameters, flat.split(counts))}
+
+
+def _room() -> int:
+    """Bytes that can still be reserved: what the device has free, or what is left of the process's limit."""
+    free, total = torch.cuda.mem_get_info()
+    fraction = getattr(torch.cuda, "get_per_process_memory_fraction", lambda: 1.0)()  # torch 2.9 and later
+    return min(free, int(fraction * total) - torch.cuda.memory_reserved())
 
 
 class _Replay(torch.autograd.Function):
     """A recorded pass as one node of the graph."""
 
     @staticmethod
-    def forward(ctx, anchor: Tensor, graphs: TrainingGraphs, key: Hashable, token: _Pass, *tensors: Tensor):
-        recording = graphs.recordings[key]
+    def forward(ctx, anchor: Tensor, graphs: TrainingGraphs, recording: _Recording, token: _Pass, *tensors: Tensor):
         torch._foreach_copy_(_tensors(recording.inputs), list(tensors))
-        recording.forward.replay()
+        graphs.replay(recording, 0)
         ctx.graphs, ctx.recording, ctx.token = graphs, recording, token
         ctx.set_materialize_grads(False)
         return tuple(velocity.clone() for velocity in recording.velocities if velocity is not None)

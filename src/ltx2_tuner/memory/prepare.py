@@ -83,7 +83,7 @@ def prepare_model(
         store = ShardedStore(model.transformer_blocks, shards, device, ring=options.ring_size)
         model.block_runner = store
     _recompute(model, options, device)
-    compiled = _compile(model, compilation, device, by_part=store is None)
+    compiled = _compile(model, compilation, device)
     return MemoryPlan(store, bool(options.checkpointing), compiled)
 
 
@@ -118,7 +118,7 @@ def _recompute(model: LTXTransformer, options: MemoryOptions, device: torch.devi
     model.enable_gradient_checkpointing(blocks=None if count is None else range(count), **saved)
 
 
-def _compile(model: LTXTransformer, options: CompileOptions, device: torch.device, *, by_part: bool) -> bool:
+def _compile(model: LTXTransformer, options: CompileOptions, device: torch.device) -> bool:
     """Compile each block by itself, so that the first step does not wait for the whole model."""
     wanted = compiler_works(device) if options.enabled is None else options.enabled
     if options.enabled is None and device.type == "cuda" and not wanted:
@@ -126,7 +126,6 @@ def _compile(model: LTXTransformer, options: CompileOptions, device: torch.devic
     if wanted:
         compile_blocks(
             model.transformer_blocks,
-            by_part=by_part,
             backend=options.backend,
             mode=None if options.mode == "default" else options.mode,
             dynamic=options.dynamic,

@@ -10,13 +10,16 @@ gates) and the adapters stay on the device.
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Sequence
+import mmap
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from ltx2_tuner.models.transformer.model import BlockRunner, run_block
 from ltx2_tuner.quantization.frozen import FrozenLinear
 
 logger = logging.getLogger(__name__)
@@ -57,8 +60,20 @@ class _Slot:
     staging: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class RingState:
+    """Which block lies in which slot, the slot used longest ago first, and where the last pass stood."""
+
+    slots: tuple[tuple[_Slot, int | None], ...]
+    direction: int
+    last: int
+
+
 class BlockStore:
     """Streams blocks; install it as the model's `block_runner`.
+
+    Attributes:
+        run: what runs a block that is there.
 
     Args:
         blocks: all blocks of the model, adapters attached.
@@ -92,6 +107,54 @@ class BlockStore:
             self._take(index, blocks[index], pieces, total)
         self._direction = 1
         self._last = -1
+        self.run: BlockRunner = run_block
+        self._readers: tuple[torch.cuda.Stream, ...] = ()  # streams that compute, while a pass is recorded
+
+    @property
+    def recordable(self) -> bool:
+        """Whether passes may be recorded as CUDA graphs: copies out of memory that is not page-locked cannot be."""
+        return self._copies is not None and self._locked.issuperset(self.streamed)
+
+    @contextlib.contextmanager
+    def recording(self, state: RingState, *readers: torch.cuda.Stream) -> Iterator[None]:
+        """Within the block a pass is recorded that will find the ring in `state`; `readers` compute.
+
+        Nothing is copied meanwhile, so `state` afterwards tells what the pass, replayed, leaves behind.
+        """
+        self._assume(state)
+        self._readers = readers
+        self._copies.wait_stream(readers[0])
+        try:
+            yield
+        finally:
+            readers[0].wait_stream(self._copies)
+            self._readers = ()
+            for slot in self._slots:
+                slot.ready = None  # recorded events mean nothing outside
+
+    def state(self) -> RingState:
+        """Of the ring as it is now."""
+        return RingState(tuple((slot, slot.holds) for slot in self._slots), self._direction, self._last)
+
+    def replay(self, before: RingState, after: RingState, graph: torch.cuda.CUDAGraph) -> None:
+        """Replay a recorded pass, with the blocks in the ring that it expects at its start."""
+        for slot, index in before.slots:
+            if index is not None and slot.holds != index:
+                self._fetch_into(slot, index)
+        torch.cuda.current_stream(self.device).wait_stream(self._copies)
+        graph.replay()
+        self._assume(after)
+
+    def empty_ring(self) -> None:
+        """Take it that no slot holds a block, as after a recording, which copies nothing."""
+        torch.cuda.synchronize(self.device)
+        self._assume(RingState(tuple((slot, None) for slot in self._slots), 1, -1))
+
+    def _assume(self, state: RingState) -> None:
+        self._slots = [slot for slot, _ in state.slots]
+        for slot, index in state.slots:
+            slot.holds, slot.ready = index, None
+        self._direction, self._last = state.direction, state.last
 
     def restream(self, blocks: Sequence[nn.Module], streamed: Sequence[int]) -> None:
         """Stream other blocks from now on, between two passes; the ring stays as it is."""
@@ -126,7 +189,7 @@ class BlockStore:
     ) -> tuple[Tensor | None, Tensor | None]:
         """Run a block: bring it in, and see to it that it is there again when its backward pass begins."""
         self.acquire(index, 1 if index > self._last else self._direction)
-        outputs = block(*arguments, recompute=recompute)
+        outputs = self.run(block, index, *arguments, recompute=recompute)
         for output in outputs:
             if output is not None and output.requires_grad:
                 output.register_hook(lambda _, index=index: self.acquire(index, -1))
@@ -138,7 +201,8 @@ class BlockStore:
         if index in self._pieces:
             slot = self._slot_with(index) or self._fetch(index, keep=None)
             if slot.ready is not None:
-                torch.cuda.current_stream(self.device).wait_event(slot.ready)
+                for stream in self._computing():
+                    stream.wait_event(slot.ready)
             self._bind(index, slot)
             # Most recently used comes last.
             self._slots.remove(slot)
@@ -157,17 +221,24 @@ class BlockStore:
     def _fetch(self, index: int, keep: int | None) -> _Slot:
         """Copy a block into the slot that was used longest ago, but not into that of `keep`."""
         slot = next(slot for slot in self._slots if slot.holds is None or slot.holds != keep)
+        self._fetch_into(slot, index)
+        return slot
+
+    def _fetch_into(self, slot: _Slot, index: int) -> None:
         slot.holds = index
         if self._copies is None:
             self._copy_in(index, slot)
-            return slot
-        # All kernels that read the slot's old content are queued on the compute stream by now.
-        self._copies.wait_stream(torch.cuda.current_stream(self.device))
+            return
+        # All kernels that read the slot's old content are queued on the compute streams by now.
+        for stream in self._computing():
+            self._copies.wait_stream(stream)
         with torch.cuda.stream(self._copies):
             self._copy_in(index, slot)
             slot.ready = torch.cuda.Event()
             slot.ready.record()
-        return slot
+
+    def _computing(self) -> tuple[torch.cuda.Stream, ...]:
+        return self._readers or (torch.cuda.current_stream(self.device),)
 
     def _copy_in(self, index: int, slot: _Slot) -> None:
         """Queue the copy of a block's bytes into a slot, on the current stream."""
@@ -195,7 +266,8 @@ class BlockStore:
 
     def _keep(self, index: int, pieces: list[_Piece], total: int) -> None:
         """Copy a block's matrices into one host buffer."""
-        host = torch.empty(total, dtype=torch.uint8)
+        # Pages of its own: two buffers on one page cannot both be page-locked.
+        host = torch.frombuffer(mmap.mmap(-1, max(total, 1)), dtype=torch.uint8, count=total)
         for piece in pieces:
             piece.view(host).copy_(piece.layer.storage()[piece.name])
         self._host[index] = host
@@ -220,6 +292,8 @@ class BlockStore:
             self._locked.add(index)
             return
         self._wants_pin = False
+        with contextlib.suppress(RuntimeError):
+            torch.zeros(1, device=self.device)  # the next kernel is told of the refusal: let it be this one
         try:
             for slot in self._slots:
                 slot.staging = torch.empty(slot.buffer.numel(), dtype=torch.uint8, pin_memory=True)

@@ -118,6 +118,11 @@ class Previewer:
         self._folder = Path(output_dir) / "sample"
         self._name = output_name
 
+    @property
+    def offloads(self) -> bool:
+        """Whether the transformer leaves the device while samples are decoded."""
+        return self._sampler.options.offload
+
     def sample(
         self,
         transformer: LTXTransformer,

@@ -18,6 +18,7 @@ def accelerate(
     plan: MemoryPlan,
     dtype: torch.dtype,
     *,
+    stays: bool = True,
     graphs: bool = True,
     streams: int = 2,
 ) -> TrainingGraphs | None:
@@ -27,22 +28,26 @@ def accelerate(
     network modules are left as they are: they reach into the layers that joining goes around.
 
     Args:
-        plan: what `prepare_model` settled; passes are recorded where blocks are compiled and stay on the device.
+        plan: what `prepare_model` settled; passes are recorded where blocks are compiled, and resident or streamed out
+            of page-locked memory.
         dtype: what adapters multiply in.
+        stays: False where the whole model leaves the device at times: joint weights would stay behind.
         graphs: False leaves the recording out.
         streams: CUDA streams of a recorded pass, 1 or 2.
     """
     if not isinstance(network, LoRANetwork):
         return None
-    copies = join_adapters(model, network, dtype, () if plan.store is None else plan.store.streamed)
+    moving = range(len(model.transformer_blocks)) if not stays else plan.store.streamed if plan.store else ()
+    copies = join_adapters(model, network, dtype, moving)
     on_cuda = next(network.parameters()).is_cuda
-    if not (graphs and on_cuda and plan.compiled and plan.store is None and not network.has_dropout):
+    streamable = plan.store is None or plan.store.recordable
+    if not (graphs and on_cuda and plan.compiled and streamable and not network.has_dropout):
         return None
     adapters = [adapter for _, adapter in network.adapters()]
     return TrainingGraphs(
         model,
         list(network.parameters()),
         state=lambda: frozenset((a.enabled, a.multiplier) for a in adapters),
-        leaves=copies.recorded,
+        copies=copies,
         streams=streams,
     )

@@ -89,7 +89,10 @@ def build(
     network.to(device, config.adapter_dtype)
     loftq = _keep_start(config, base, network, processes)
     adapters_in = _MIXED_PRECISION.get(config.mixed_precision, config.dtype)
-    arrangement = Arrangement(model, network, config.memory, config.compilation, device, adapters_in, plan, shards)
+    stays = not getattr(sampler, "offloads", False)
+    arrangement = Arrangement(
+        model, network, config.memory, config.compilation, device, adapters_in, plan, shards, stays=stays
+    )
     logger.info("%s", arrangement.prepared)
     data = sources.training.loader(
         rank=processes.rank,
@@ -165,6 +168,7 @@ def build(
         sampler=sampler,
         scaler=torch.amp.GradScaler(device.type) if config.mixed_precision == "fp16" else None,
         regularizers=regularizers,
+        before_samples=arrangement.release,
     )
     trainer = make_trainer(run)
     _resume(config, trainer)

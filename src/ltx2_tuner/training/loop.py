@@ -63,7 +63,10 @@ class Sampler(Protocol):
 
 @dataclass
 class Run:
-    """Everything a training run is made of. Regularizers and previews plug in here."""
+    """Everything a training run is made of. Regularizers and previews plug in here.
+
+    before_samples: called before previews are made.
+    """
 
     device: torch.device
     rank: int
@@ -93,6 +96,7 @@ class Run:
     sampler: Sampler | None
     scaler: torch.amp.GradScaler | None = None
     regularizers: Regularizers = field(default_factory=Regularizers)
+    before_samples: Callable[[], None] = lambda: None
 
 
 class Trainer:
@@ -352,6 +356,7 @@ class Trainer:
     def _sample(self, epoch: int | None) -> None:
         if self.run.sampler is None:
             return
+        self.run.before_samples()
         with self._evaluation(), torch.no_grad():
             step = self.progress.step
 

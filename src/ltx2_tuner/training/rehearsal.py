@@ -37,6 +37,7 @@ class Arrangement:
         plan: None where nothing was planned; then nothing can be tightened.
         dtype: what adapters multiply in.
         shards: this process's part of the blocks of a sharded model.
+        stays: False where previews move the whole model to the host.
     """
 
     def __init__(
@@ -49,8 +50,10 @@ class Arrangement:
         dtype: torch.dtype,
         plan: Plan | None = None,
         shards: BlockShards | None = None,
+        stays: bool = True,
     ) -> None:
         self.model, self.network, self.device, self.dtype, self.plan = model, network, device, dtype, plan
+        self.stays = stays
         self.prepared = prepare_model(model, options, compilation, device, shards)
         self._accelerate()
 
@@ -68,7 +71,14 @@ class Arrangement:
 
     def _accelerate(self) -> None:
         on_cuda = self.device.type == "cuda"
-        self.graphs = accelerate(self.model, self.network, self.prepared, self.dtype) if on_cuda else None
+        self.graphs = None
+        if on_cuda:
+            self.graphs = accelerate(self.model, self.network, self.prepared, self.dtype, stays=self.stays)
+
+    def release(self) -> None:
+        """Give back what recorded passes hold: previews need the memory, and may move the weights."""
+        if self.graphs is not None:
+            self.graphs.release()
 
 
 def rehearse(trainer: Trainer, batch: dict, arrangement: Arrangement, optimizer: str) -> None:
