@@ -43,14 +43,14 @@ class TwoStreams:
     """A block runner that puts the sound stream's parts on a second CUDA stream; a block starts and ends on the first.
 
     What one stream made and the other reads is held in `kept`, so that its memory is not given out again while the
-    other still reads.
+    other still reads: until the backward pass reaches the block before, where the streams meet.
     """
 
     recomputes = True
 
     def __init__(self) -> None:
         self.side = torch.cuda.Stream(priority=-1)
-        self.kept: list[object] = []
+        self.kept: dict[int, list[object]] = {}
 
     def __call__(
         self, block: BasicAVTransformerBlock, index: int, *arguments: object, recompute: bool = False
@@ -59,7 +59,6 @@ class TwoStreams:
         if video is None or audio is None or skips is not None or not (video_inputs.updated and audio_inputs.updated):
             return run_block(block, index, *arguments, recompute=recompute)
         main, side = torch.cuda.current_stream(), self.side
-        self.kept.append(arguments)
         side.wait_stream(main)
         with torch.cuda.stream(side):
             audio = block.open_audio(audio, audio_inputs, None, recompute=recompute)
@@ -71,8 +70,17 @@ class TwoStreams:
             audio = block.close_audio(*opened[::-1], audio_inputs, video_inputs, None, recompute=recompute)
         video = block.close_video(*opened, video_inputs, audio_inputs, None, recompute=recompute)
         main.wait_stream(side)
-        self.kept += [opened, (video, audio)]
+        self.kept[index] = [arguments, opened, (video, audio)]
+        if video.requires_grad:
+            video.register_hook(lambda _: self._enter_backward(index, main))
         return video, audio
+
+    def _enter_backward(self, index: int, main: torch.cuda.Stream) -> None:
+        """Before the backward pass of a block: later ones are done with what was kept for them."""
+        self.side.wait_stream(main)
+        main.wait_stream(self.side)
+        for later in [other for other in self.kept if other > index]:
+            del self.kept[later]
 
 
 class Copies(Protocol):

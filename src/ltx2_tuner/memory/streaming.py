@@ -266,8 +266,7 @@ class BlockStore:
 
     def _keep(self, index: int, pieces: list[_Piece], total: int) -> None:
         """Copy a block's matrices into one host buffer."""
-        # Pages of its own: two buffers on one page cannot both be page-locked.
-        host = torch.frombuffer(mmap.mmap(-1, max(total, 1)), dtype=torch.uint8, count=total)
+        host = _host_memory(total)
         for piece in pieces:
             piece.view(host).copy_(piece.layer.storage()[piece.name])
         self._host[index] = host
@@ -318,6 +317,15 @@ class BlockStore:
         for index, host in self._host.items():
             self._unlock(index, host)
         self._host.clear()
+
+
+def _host_memory(size: int) -> Tensor:
+    """Bytes on pages of their own (two buffers on one page cannot both be page-locked), huge ones where they are."""
+    pages = mmap.mmap(-1, size)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without them
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=torch.uint8, count=size)
 
 
 def layout(block: nn.Module) -> tuple[list[_Piece], int]:
