@@ -332,6 +332,8 @@ def test_sample_prompts(models, tmp_path, mode, width):
     path = world.cache / "ltx2_sample_prompts_cache.pt"
     document = torch.load(path, weights_only=True)
     assert (document["version"], document["ltx_mode"], document["audio_video"]) == (2, mode, mode == "av")
+    kept = ("component_id", "gemma_id")
+    assert [document[name] for name in kept] == [world.metadata(0)[name] for name in kept]
     assert [entry["negative_prompt"] for entry in document["prompt_cache"]] == ["blurry", ""]
     for entry in document["prompt_cache"]:
         for name in ("prompt", "negative_prompt"):
@@ -363,6 +365,8 @@ def test_preservation_prompts(world, tmp_path):
         "dop_embed",
         "dop_mask",
         "dop_class_prompt",
+        "component_id",
+        "gemma_id",
     }
 
 

@@ -155,7 +155,6 @@ def test_preservation_keys():
             ["--self_flow", "--self_flow_args", "temporal_warmup_steps=5", "temporal_max_steps=5"],
             "temporal_warmup_steps=5: must be below temporal_max_steps",
         ),
-        (["--blank_preservation"], "need --gemma_root, --gemma_safetensors or --use_precached_preservation"),
         (["--dop", "--dop_args", "multiplier=-1"], "--dop_args multiplier=-1: expected a finite number of at least 0"),
         (["--dop", "--dop_args", "clas=woman"], "--dop_args clas: unknown key (did you mean 'class'?)"),
         (["--prior_divergence", "--prior_divergence_args", "class=x"], "--prior_divergence_args class: unknown key"),
@@ -165,6 +164,13 @@ def test_preservation_keys():
 def test_mistakes_are_named(flags, expected):
     _, errors = read(*flags)
     assert any(expected in error for error in errors), errors
+
+
+def test_preserved_prompts_need_a_source(tmp_path, checkpoint, capsys):
+    space = write_workspace(tmp_path, checkpoint)
+    for flags in (["--blank_preservation"], ["--dop"], ["--dop", "--preservation_prompts_cache", "none.pt"]):
+        found = errors_of(capsys, *space.arguments(*flags))
+        assert "need --gemma_root, --gemma_safetensors or --use_precached_preservation to know their prompts" in found
 
 
 def test_self_flow_and_sound_need_their_modes(tmp_path, checkpoint, capsys):
@@ -182,7 +188,7 @@ def test_self_flow_and_sound_need_their_modes(tmp_path, checkpoint, capsys):
             "--crepa_args has no effect without --crepa",
         ),
         (["--use_precached_preservation"], "has no effect without --blank_preservation or --dop"),
-        (["--preservation_prompts_cache", "x"], "has no effect without --use_precached_preservation"),
+        (["--preservation_prompts_cache", "x"], "has no effect without --blank_preservation or --dop"),
         (["--dop", "--gemma_root", "x"], "no class given, the empty prompt is preserved"),
         (["--dop", "--blank_preservation", "--gemma_root", "x"], "identical to blank preservation, paid twice"),
         (["--crepa", "--crepa_args", "tau=1", "tau=2"], "tau is given twice"),

@@ -167,7 +167,8 @@ class TextCaching:
             for member, group, embedding in self._embeddings(encoder, missing):
                 self._write(member, group, embedding, journal)
             for side_file in self.side_files:
-                side_file.write(encoder, self.config.mode)
+                made_with = {name: self.identity[name] for name in ("component_id", "gemma_id")}
+                side_file.write(encoder, self.config.mode, made_with)
         finally:
             encoder.close()
         if self.device.type == "cuda":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,8 +35,11 @@ class SideFile(ABC):
     def content(self, encoded: dict[str, PromptEmbedding], mode: str) -> dict:
         """The container to save."""
 
-    def write(self, encoder: TextEncoder, mode: str) -> None:
+    def write(self, encoder: TextEncoder, mode: str, made_with: Mapping[str, str] | None = None) -> None:
         """Encode the texts one by one and write the file atomically; equal embeddings give equal bytes.
+
+        Args:
+            made_with: fingerprints of the encoder, which the file keeps.
 
         Raises:
             UserError: an embedding is not finite.
@@ -53,7 +56,7 @@ class SideFile(ABC):
             _check_finite(self.path, text, embedding)
         # Saved through memory: the name of the file would otherwise become part of its bytes.
         buffer = io.BytesIO()
-        torch.save(self.content(encoded, mode), buffer)
+        torch.save({**self.content(encoded, mode), **(made_with or {})}, buffer)
         with atomic_write(self.path) as file:
             file.write(buffer.getbuffer())
 

@@ -60,7 +60,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
         "--use_precached_sample_prompts",
         "--precache_sample_prompts",
         **flag,
-        help="read the prompts' embeddings from --sample_prompts_cache; Gemma is not loaded",
+        help="the prompts must come from --sample_prompts_cache (training uses one that fits without this flag, too)",
     )
     group.add_argument(
         "--sample_prompts_cache", metavar="FILE", help="default: ltx2_sample_prompts_cache.pt in the cache directory"

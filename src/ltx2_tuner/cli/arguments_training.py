@@ -151,7 +151,11 @@ def add_regularizer_arguments(parser: argparse.ArgumentParser) -> None:
     ):
         group.add_argument(f"--{name}", **_FLAG, help=meaning)
         group.add_argument(f"--{name}_args", nargs="*", default=(), metavar="KEY=VALUE", help=f"settings of --{name}")
-    group.add_argument("--use_precached_preservation", **_FLAG, help="read the preservation prompts from their cache")
+    group.add_argument(
+        "--use_precached_preservation",
+        **_FLAG,
+        help="the preservation prompts must come from their cache (one that fits is used without this flag, too)",
+    )
     group.add_argument("--preservation_prompts_cache", metavar="FILE", help="ltx2_preservation_cache.pt of the cache")
 
 

@@ -12,10 +12,11 @@ from ltx2_tuner.checkpoint import Checkpoint
 from ltx2_tuner.cli.arguments_gemma import gemma_options
 from ltx2_tuner.cli.arguments_sampling import sampling_options
 from ltx2_tuner.cli.media_encoders import encode_conditionings
+from ltx2_tuner.cli.precached import take_precached
 from ltx2_tuner.cli.references import cached_reference_frames
-from ltx2_tuner.data.cache_names import SAMPLE_LATENTS_NAME, SAMPLE_PROMPTS_NAME
+from ltx2_tuner.data.cache_names import SAMPLE_LATENTS_NAME
 from ltx2_tuner.sampling.conditioning import Conditioning, read_latent_cache
-from ltx2_tuner.sampling.contexts import PromptContext, encode_contexts, read_prompt_cache
+from ltx2_tuner.sampling.contexts import PromptContext, TextIdentity, encode_contexts, read_prompt_cache
 from ltx2_tuner.sampling.options import Request, settle
 from ltx2_tuner.sampling.preview import Previewer
 from ltx2_tuner.sampling.prompts import read_prompts
@@ -88,10 +89,15 @@ def _contexts(
     requests: list[Request],
     encoder: TextEncoder | None,
 ) -> list[PromptContext]:
-    if args.use_precached_sample_prompts:
-        path = args.sample_prompts_cache or _cache_directory(config) / SAMPLE_PROMPTS_NAME
+    if encoder is None:
         widths = sources.model.context_width("video"), sources.model.context_width("audio")
-        return read_prompt_cache(path, requests, config.mode, widths)
+
+        def read(path: Path, made_with: TextIdentity) -> list[PromptContext]:
+            return read_prompt_cache(path, requests, config.mode, widths, made_with)
+
+        found = take_precached("sample", read, args, config, sources)
+        if found is not None:
+            return found
     encoder = encoder or load_encoder(args, config, sources.checkpoint, processes)
     try:
         return encode_contexts(encoder, requests)

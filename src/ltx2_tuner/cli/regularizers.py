@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from ltx2_tuner.cli.key_values import parse_key_values
+from ltx2_tuner.cli.precached import drops_captions_to_blank, take_precached
 from ltx2_tuner.cli.previews import load_encoder
-from ltx2_tuner.data.cache_names import PRESERVATION_NAME
 from ltx2_tuner.errors import did_you_mean
+from ltx2_tuner.sampling.contexts import TextIdentity
 from ltx2_tuner.training.regularizers import CrepaOptions, PreservationOptions, RegularizerOptions, SelfFlowOptions
 from ltx2_tuner.training.regularizers.options import keys_of
 from ltx2_tuner.training.regularizers.prompts import PreservationPrompts, Prompt, encode_prompts, read_prompts
@@ -40,7 +41,7 @@ def regularizer_options(args: argparse.Namespace, errors: list[str]) -> Regulari
         errors.append("--crepa needs a video stream; use --ltx2_mode video or av")
     if args.self_flow and args.ltx2_mode != "video":
         errors.append("Self-Flow needs --ltx2_mode video")
-    _check_prompts(args, options.preservation, errors)
+    _note_prompts(args, options.preservation)
     if options.self_flow is not None:
         for note in options.self_flow.notes():
             logger.warning("--self_flow_args: %s", note)
@@ -129,26 +130,15 @@ def _strength(name: str, default: float, text: str | None, errors: list[str]) ->
     return strength
 
 
-def _check_prompts(args: argparse.Namespace, options: PreservationOptions, errors: list[str]) -> None:
-    """Where the prompts of blank preservation and DOP come from, and what is odd about them."""
+def _note_prompts(args: argparse.Namespace, options: PreservationOptions) -> None:
+    """What is odd about the prompts of blank preservation and DOP."""
     drops_to_blank = drops_captions_to_blank(args)
     if args.use_precached_preservation and not (options.needs_prompts or drops_to_blank):
         logger.warning("--use_precached_preservation has no effect without --blank_preservation or --dop")
-    if args.preservation_prompts_cache and not args.use_precached_preservation:
-        logger.warning("--preservation_prompts_cache has no effect without --use_precached_preservation")
-    has_source = args.use_precached_preservation or args.gemma_root or args.gemma_safetensors
-    if drops_to_blank and not has_source:
-        errors.append(
-            "--caption_dropout_mode empty needs --gemma_root, --gemma_safetensors or --use_precached_preservation to "
-            "know the empty prompt's embedding"
-        )
+    if args.preservation_prompts_cache and not (options.needs_prompts or drops_to_blank):
+        logger.warning("--preservation_prompts_cache has no effect without --blank_preservation or --dop")
     if not options.needs_prompts:
         return
-    if not has_source:
-        errors.append(
-            "--blank_preservation and --dop need --gemma_root, --gemma_safetensors or --use_precached_preservation to "
-            "know their prompts"
-        )
     if options.dop is not None and not options.dop_class and not args.use_precached_preservation:
         logger.warning("--dop: no class given, the empty prompt is preserved; --dop_args class=woman names one")
         if options.blank is not None:
@@ -165,11 +155,6 @@ def preservation_prompts(
     """
     options = config.regularizers.preservation
     return _prompts(args, config, sources, processes, options) if options.needs_prompts else None
-
-
-def drops_captions_to_blank(args: argparse.Namespace) -> bool:
-    """Whether dropped captions become the empty prompt."""
-    return bool(args.caption_dropout_rate) and args.caption_dropout_mode == "empty"
 
 
 def blank_prompt(
@@ -192,10 +177,12 @@ def _prompts(
     processes: Processes,
     options: PreservationOptions,
 ) -> PreservationPrompts:
-    if args.use_precached_preservation:
-        given = args.preservation_prompts_cache
-        path = Path(given).expanduser() if given else config.data.datasets[0].cache_directory / PRESERVATION_NAME
-        return read_prompts(path, options, config.mode, sources.model)
+    def read(path: Path, made_with: TextIdentity) -> PreservationPrompts:
+        return read_prompts(path, options, config.mode, sources.model, made_with)
+
+    found = take_precached("preservation", read, args, config, sources)
+    if found is not None:
+        return found
     encoder = load_encoder(args, config, sources.checkpoint, processes)
     try:
         return encode_prompts(options, encoder)

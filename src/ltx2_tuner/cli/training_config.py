@@ -17,6 +17,7 @@ from ltx2_tuner.cli import arguments_training as training
 from ltx2_tuner.cli import references
 from ltx2_tuner.cli.arguments_gemma import check_gemma
 from ltx2_tuner.cli.arguments_sampling import check_sampling
+from ltx2_tuner.cli.precached import prompt_source_errors
 from ltx2_tuner.cli.regularizers import regularizer_options
 from ltx2_tuner.data.batches import BatchOptions
 from ltx2_tuner.data.config import DatasetConfig, load_dataset_config
@@ -57,6 +58,7 @@ def training_config(
     network_options = network.network_options(args, args.ltx2_mode, errors)
     strategy = references.wanted_strategy(args, network_options.preset, errors)
     regularizers = regularizer_options(args, errors)
+    errors += prompt_source_errors(args, regularizers.preservation.needs_prompts, lambda: _first_cache(args, slider))
     if errors:
         raise UserError("\n  ".join(["these flags need attention:", *errors]) if len(errors) > 1 else errors[0])
     for note in [*training.training_notes(args), *memory.memory_warnings(args), *output.output_notes(args)]:
@@ -148,16 +150,21 @@ def load_data(args: argparse.Namespace) -> DatasetConfig:
     )
 
 
+def _first_cache(args: argparse.Namespace, slider: SliderConfig | None) -> Path | None:
+    """The directory where prompts may be cached; None where the datasets cannot be read, which is told later."""
+    try:
+        data = load_data(args) if slider is None else slider_data(slider, args.ltx2_mode)
+    except UserError:
+        return None
+    return data.datasets[0].cache_directory if data.datasets else None
+
+
 def _check_samples(args: argparse.Namespace) -> list[str]:
     if not args.sample_prompts:
         return []
     errors = []
     if not Path(args.sample_prompts).is_file():
         errors.append(f"--sample_prompts {args.sample_prompts}: there is no such file")
-    if not (args.gemma_root or args.gemma_safetensors or args.use_precached_sample_prompts):
-        errors.append(
-            "samples need --gemma_root, --gemma_safetensors or --use_precached_sample_prompts to know their prompts"
-        )
     if not (args.sample_at_first or args.sample_every_n_steps or args.sample_every_n_epochs):
         errors.append("--sample_prompts needs --sample_every_n_steps, --sample_every_n_epochs or --sample_at_first")
     return errors

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from ltx2_tuner.errors import UserError
 from ltx2_tuner.sampling.options import Request
+
+logger = logging.getLogger(__name__)
 
 RECACHE = "re-run ltx2_cache_text_encoder_outputs.py with --precache_sample_prompts and this prompt file"
 
@@ -22,6 +25,39 @@ class PromptContext:
     audio: torch.Tensor | None = None
     negative_video: torch.Tensor | None = None
     negative_audio: torch.Tensor | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class TextIdentity:
+    """What a file of embeddings must have been made with.
+
+    component, gemma: fingerprints of the checkpoint's text side and of Gemma, None where the run does not know.
+    policy: `error`, `warn` or `off` for a file of another (--cache_check_mode). known: a file that does not say what
+    made it is refused as well.
+    """
+
+    component: str
+    gemma: str | None = None
+    policy: str = "error"
+    known: bool = False
+
+    def check(self, path: Path, document: Mapping[str, object], remedy: str) -> None:
+        """Whether the file fits.
+
+        Raises:
+            UserError: it does not, and the policy is `error`.
+        """
+        wanted = {"component_id": ("checkpoint", self.component), "gemma_id": ("Gemma", self.gemma)}
+        for key, (maker, identity) in wanted.items():
+            found = document.get(key)
+            if identity is None or found == identity or self.policy == "off" or (found is None and not self.known):
+                continue
+            text = f"{path}: " + (
+                f"was made with another {maker}" if found else f"does not say which {maker} it was made with"
+            )
+            if self.policy == "error":
+                raise UserError(f"{text}; {remedy}")
+            logger.warning("%s; it is used all the same", text)
 
 
 def encode_contexts(encoder, requests: Sequence[Request]) -> list[PromptContext]:
@@ -49,18 +85,25 @@ def encode_contexts(encoder, requests: Sequence[Request]) -> list[PromptContext]
 
 
 def read_prompt_cache(
-    path: str | Path, requests: Sequence[Request], mode: str, widths: tuple[int, int]
+    path: str | Path,
+    requests: Sequence[Request],
+    mode: str,
+    widths: tuple[int, int],
+    made_with: TextIdentity | None = None,
 ) -> list[PromptContext]:
     """Contexts from `ltx2_sample_prompts_cache.pt`; Gemma is never loaded instead.
 
     Args:
         widths: text context widths the transformer takes, (video, audio).
+        made_with: text encoder that the file must come from.
 
     Raises:
         UserError: the file is missing, no such cache, or does not fit the prompt file or the mode.
     """
     path = Path(path)
     document = load_container(path, RECACHE)
+    if made_with is not None:
+        made_with.check(path, document, RECACHE)
     entries = document.get("prompt_cache")
     if not isinstance(entries, list):
         raise UserError(f"{path}: holds no prompt_cache list; {RECACHE}")

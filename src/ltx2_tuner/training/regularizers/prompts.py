@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ltx2_tuner.errors import UserError
 from ltx2_tuner.models.transformer import Modality, TransformerConfig
-from ltx2_tuner.sampling.contexts import load_container
+from ltx2_tuner.sampling.contexts import TextIdentity, load_container
 from ltx2_tuner.training.regularizers.options import PreservationOptions
 
 _FLAGS = {"blank": "--blank_preservation", "dop": "--dop"}
@@ -70,16 +70,28 @@ def encode_prompts(options: PreservationOptions, encoder) -> PreservationPrompts
     )
 
 
-def read_prompts(path: Path, options: PreservationOptions, mode: str, model: TransformerConfig) -> PreservationPrompts:
-    """The prompts in `ltx2_preservation_cache.pt`.
+def read_prompts(
+    path: Path,
+    options: PreservationOptions,
+    mode: str,
+    model: TransformerConfig,
+    made_with: TextIdentity | None = None,
+) -> PreservationPrompts:
+    """The prompts in `ltx2_preservation_cache.pt`. Without a class in the options, that of the file is taken.
+
+    Args:
+        made_with: text encoder that the file must come from; with `known` the class has to be the options' too.
 
     Raises:
         UserError: no such file, a prompt is missing, made for another class, mode or checkpoint.
     """
     texts = wanted_texts(options)
     document = load_container(path, _remedy(options, mode))
+    if made_with is not None:
+        made_with.check(path, document, _remedy(options, mode))
     cached_class = document.get("dop_class_prompt")
-    if "dop" in texts and "dop_embed" in document and options.dop_class and cached_class != options.dop_class:
+    exact = bool(options.dop_class) or (made_with is not None and made_with.known)
+    if "dop" in texts and "dop_embed" in document and exact and cached_class != options.dop_class:
         raise UserError(
             f"{path}: was made for the class '{cached_class}', but --dop_args says class={options.dop_class}; "
             f"give the same class, or {_remedy(options, mode)}"
