@@ -1,8 +1,9 @@
 """What quantisation costs in accuracy: MAE, SNR and cosine on N(0,1) weights of LTX-2 layer shapes, as JSON lines.
 
-    python benchmarks/quantization_error.py [--device cuda] [--rank 32] [--scale 1]
+    python benchmarks/quantization_error.py [--device cuda] [--rank 32] [--scale 1] [--dtype float32]
 
-`--scale 8` divides the shapes by 8 for a quick look. LoftQ errors are those of base + up·down (2 iterations).
+`--scale 8` divides the shapes by 8 for a quick look. Scales are stored in the dtype of the weights, so `--dtype
+bfloat16` is what a bf16 checkpoint loses. LoftQ errors are those of base + up·down (2 iterations).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ SHAPES = ((4096, 4096), (16384, 4096), (4096, 16384), (2048, 2048), (8192, 2048)
 
 
 def errors(weight: Tensor, stored: Tensor) -> dict[str, float]:
-    """MAE, signal-to-noise ratio in dB and cosine similarity of a matrix and what is stored of it."""
+    """MAE, signal-to-noise ratio in dB and cosine similarity of a matrix and what is stored of it, in float64."""
     weight, stored = weight.double(), stored.double()
     noise = weight - stored
     return {
@@ -37,12 +38,12 @@ def errors(weight: Tensor, stored: Tensor) -> dict[str, float]:
 
 
 def methods(rank: int) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Name -> what a method keeps of a float32 matrix whose scales are stored in bf16."""
+    """Name -> what a method keeps of a matrix, in float32; scales have the dtype of the matrix."""
 
     def scaled_fp8(mode: str) -> Callable[[Tensor], Tensor]:
         def stored(weight: Tensor) -> Tensor:
             codes, scale = fp8.quantise(weight, mode)
-            return fp8.dequantise(codes, scale.bfloat16(), torch.float32)
+            return fp8.dequantise(codes, scale.to(weight.dtype), torch.float32)
 
         return stored
 
@@ -56,18 +57,22 @@ def methods(rank: int) -> dict[str, Callable[[Tensor], Tensor]]:
         "bf16": lambda weight: weight.bfloat16().float(),
         "fp8_base fp8_scaled (block)": scaled_fp8("block"),
         "fp8_base fp8_scaled (row)": scaled_fp8("row"),
-        "nf4_base": lambda weight: nf4.quantise(weight, 32, torch.bfloat16).dense(),
+        "nf4_base": lambda weight: nf4.quantise(weight, 32, weight.dtype).dense(),
         f"nf4_base loftq_init (rank {rank})": with_loftq,
     }
 
 
-def measure(shapes: tuple[tuple[int, int], ...], rank: int, device: str) -> Iterator[dict[str, object]]:
-    """One record for each method: its errors averaged over the shapes."""
+def measure(
+    shapes: tuple[tuple[int, int], ...], rank: int, device: str, dtype: torch.dtype = torch.float32
+) -> Iterator[dict[str, object]]:
+    """One record for each method: its errors averaged over the shapes. dtype: of the weights."""
     for name, stored in methods(rank).items():
+        if name == "bf16" and dtype == torch.bfloat16:
+            continue  # nothing is lost
         generator = torch.Generator().manual_seed(0)
         found = []
         for shape in shapes:
-            weight = torch.randn(shape, generator=generator).to(device)
+            weight = torch.randn(shape, generator=generator).to(device, dtype)
             found.append(errors(weight, stored(weight)))
         yield {"method": name} | {key: sum(each[key] for each in found) / len(found) for key in found[0]}
 
@@ -77,10 +82,11 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--scale", type=int, default=1, help="divide the shapes by this")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of the weights")
     args = parser.parse_args()
     shapes = tuple((rows // args.scale, columns // args.scale) for rows, columns in SHAPES)
-    print(json.dumps({"shapes": shapes, "device": args.device, "torch": torch.__version__}))
-    for record in measure(shapes, args.rank, args.device):
+    print(json.dumps({"shapes": shapes, "device": args.device, "dtype": args.dtype, "torch": torch.__version__}))
+    for record in measure(shapes, args.rank, args.device, getattr(torch, args.dtype)):
         print(json.dumps(record), flush=True)
 
 
