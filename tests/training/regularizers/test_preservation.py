@@ -122,7 +122,7 @@ def test_no_pass_more_than_documented(kind, sound, graphs):
     bench.model.register_forward_pre_hook(lambda model, _: observed.append(model.block_outputs is not None))
     bench.step(bench.regularizers(member), make_batch(sound=sound))
     assert calls == graphs
-    assert observed == graphs, "what makes a graph is observed, so never replayed from a recorded one"
+    assert not any(observed), "nobody asks for hidden states, so passes may be replayed from a recording"
 
 
 def test_the_network_is_on_again_after_an_exception():

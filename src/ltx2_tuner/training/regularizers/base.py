@@ -128,11 +128,14 @@ class Regularizers:
 
     @contextlib.contextmanager
     def watching(self, work: Work) -> Iterator[None]:
-        """The main forward runs within the block; the hidden states that members ask for are kept."""
-        if not self.members:
+        """The main forward runs within the block; the hidden states that members ask for are kept.
+
+        Where none is asked for the pass is left alone: an observed one cannot be replayed from a recording.
+        """
+        wanted = {block for member in self.members for block in member.blocks()}
+        if not wanted:
             yield
             return
-        wanted = {block for member in self.members for block in member.blocks()}
         task = work.prepared.video_task
 
         def keep(index: int, video: Tensor, _: Tensor | None) -> None:
@@ -148,12 +151,12 @@ class Regularizers:
             return terms
         work.video, work.audio, work.task = video, audio, terms.total.detach()
         found = [(member.metric, loss) for member in self.members if (loss := member.loss(work)) is not None]
+        work.hidden.clear()  # what the backward pass needs of it, the graph holds
         kept = self._finite(work, found)
         return dataclasses.replace(terms, total=sum(kept, terms.total))
 
     def finish(self, work: Work, backward: Callable[[Tensor], None]) -> None:
         """After the main backward: losses of separate passes, each with its own backward."""
-        work.hidden.clear()
         for member in self.members:
             loss = member.separate_loss(work)
             if loss is not None:

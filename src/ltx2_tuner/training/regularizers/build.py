@@ -134,9 +134,9 @@ def _preservation(
     if options.prior_divergence is not None:
         members.append(PriorDivergence(passes, options.prior_divergence))
     if options.blank is not None:
-        members.append(PromptPreservation("loss/blank_pres", passes, prompts.blank, options.blank))
+        members.append(PromptPreservation("loss/blank_pres", passes, prompts.blank.placed(setting.device), options.blank))
     if options.dop is not None:
-        members.append(PromptPreservation("loss/dop", passes, prompts.dop, options.dop))
+        members.append(PromptPreservation("loss/dop", passes, prompts.dop.placed(setting.device), options.dop))
     if options.audio_dop is not None and isinstance(setting.mode, AVMode):
         silence = find_silence(setting.cache_directory, setting.mode.options.audio_width)
         members.append(AudioDop(passes, silent_mode(setting.mode, silence), options.audio_dop))

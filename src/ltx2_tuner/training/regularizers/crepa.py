@@ -86,7 +86,7 @@ class Crepa(Regularizer):
             if features is None:
                 self._tell_missing(work)
                 return None
-            similarity = self._patch_similarity(student, features.to(student.device), work.grid)
+            similarity = self._patch_similarity(student, features, work.grid)
         return strength * alignment_loss(similarity, options.num_neighbors, options.tau)
 
     def _project(self, student: Tensor) -> Tensor:
@@ -101,12 +101,14 @@ class Crepa(Regularizer):
         return self._unit(mine) @ self._unit(theirs).transpose(1, 2)
 
     def _patch_similarity(self, student: Tensor, features: Tensor, grid: tuple[int, int, int]) -> Tensor:
-        """(B, F, F) similarities patch by patch, averaged; features (B, pixel frames, P, D)."""
+        """(B, F, F) similarities patch by patch, averaged; features (B, pixel frames, P, D), on the host."""
         frames, height, width = grid
         count, patches = features.shape[1:3]
         side = math.isqrt(patches)
         index = [frame * (count - 1) // max(frames - 1, 1) for frame in range(frames)]
-        theirs = features[:, index].float()  # (B, F, P, D)
+        # Of eight pixel frames one is compared: the others need not travel.
+        picked = [features[:, place].to(student.device, non_blocking=True) for place in index]
+        theirs = torch.stack(picked, dim=1).float()  # (B, F, P, D)
         mine = self._project(student).unflatten(1, (frames, height, width)).flatten(0, 1).permute(0, 3, 1, 2)
         mine = F.interpolate(mine, size=(side, side), mode="bilinear", align_corners=False)
         mine = mine.flatten(2).transpose(1, 2).unflatten(0, (-1, frames))  # (B, F, P, D)

@@ -51,25 +51,27 @@ class Shadows:
         self.steps += 1
         if self.steps % self.interval:
             return
-        for name, parameter in self.parameters.items():
-            shadow = self.values[name]
-            shadow.lerp_(parameter.detach().to(shadow.device), 1 - self.momentum)
+        shadows = list(self.values.values())
+        current = _moved([parameter.detach() for parameter in self.parameters.values()], shadows[0].device)
+        torch._foreach_lerp_(shadows, current, 1 - self.momentum)
 
     @contextlib.contextmanager
     @torch.no_grad()
     def in_place(self) -> Iterator[None]:
-        """Within the block the network holds the shadows; its own values come back even after an exception."""
-        before = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        """Within the block the network holds the shadows; its own values come back even after an exception.
+
+        The parameters change places with the shadows: their values stay where they are, and nothing is copied.
+        """
+        parameters = list(self.parameters.values())
+        before = [parameter.data for parameter in parameters]
+        shadows = _moved(list(self.values.values()), before[0].device)
         try:
-            self._write(self.values)
+            for parameter, shadow in zip(parameters, shadows):
+                parameter.data = shadow
             yield
         finally:
-            self._write(before)
-
-    @torch.no_grad()
-    def _write(self, values: Mapping[str, Tensor]) -> None:
-        for name, parameter in self.parameters.items():
-            parameter.copy_(values[name])
+            for parameter, own in zip(parameters, before):
+                parameter.data = own
 
     def state(self) -> dict[str, Tensor]:
         """Shadows and the step count, for a saved state."""
@@ -92,3 +94,12 @@ class Shadows:
         for name, value in self.values.items():
             value.copy_(found[name])
         self.steps = int(tensors[COUNTER])
+
+
+def _moved(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
+    """The tensors on a device, with one copy for all that have to move; on it already, they are returned as they are."""
+    if tensors[0].device == device:
+        return tensors
+    flat = torch.cat([tensor.flatten() for tensor in tensors]).to(device)
+    pieces = flat.split([tensor.numel() for tensor in tensors])
+    return [piece.view_as(tensor).to(tensor.dtype) for piece, tensor in zip(pieces, tensors)]

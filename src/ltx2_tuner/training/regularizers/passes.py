@@ -24,8 +24,7 @@ class Passes:
     """The model and its network.
 
     Extra passes run before the main forward or after its backward, never in between: blocks that are recomputed in the
-    backward pass use the adapters' working copies of the latest pass. Every pass with gradients is observed, so that
-    none is replayed from a recording: those are of plain steps.
+    backward pass use the adapters' working copies of the latest pass.
     """
 
     model: LTXTransformer
@@ -39,7 +38,7 @@ class Passes:
 
     def trained(self, prepared: Prepared) -> Predictions:
         """The same from the model as it is being trained, with gradients."""
-        with self.autocast(), observing(self.model, lambda *_: None):
+        with self.autocast():
             return prepared.run(self.model)
 
     def features(self, video: Modality, block: int) -> torch.Tensor:

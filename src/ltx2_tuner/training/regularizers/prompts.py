@@ -20,16 +20,23 @@ _FLAGS = {"blank": "--blank_preservation", "dop": "--dop"}
 
 @dataclass(frozen=True)
 class Prompt:
-    """Text of one prompt: video (S, Dv), audio (S, Da) or None, mask (S,)."""
+    """Text of one prompt: video (S, Dv), audio (S, Da) or None, mask (S,) or None when all ones."""
 
     video: Tensor
     audio: Tensor | None
-    mask: Tensor
+    mask: Tensor | None
+
+    def placed(self, device: torch.device) -> Prompt:
+        """The same on the device where it is used in every step."""
+        mask = self.mask
+        if mask is not None:
+            mask = None if bool(mask.bool().all()) else mask.to(device)
+        return Prompt(self.video.to(device), None if self.audio is None else self.audio.to(device), mask)
 
     def on(self, modality: Modality, context: Tensor) -> Modality:
         """A stream's inputs with this text for every sample; `context` is the embedding for that stream."""
         count, device = modality.latent.shape[0], modality.latent.device
-        mask = None if bool(self.mask.bool().all()) else self.mask.to(device).expand(count, -1)
+        mask = None if self.mask is None else self.mask.to(device).expand(count, -1)
         embedded = context.to(device, modality.context.dtype).expand(count, -1, -1)
         return dataclasses.replace(modality, context=embedded, context_mask=mask)
 

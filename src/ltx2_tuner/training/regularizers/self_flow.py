@@ -118,7 +118,7 @@ class SelfFlow(Regularizer):
             self._features = self._teach(work.prepared.video, task, noise)
         self._raised = noise.mask & (noise.second > noise.first)[:, None]
         if task.clean is not None:
-            self._raised = self._raised & ~task.clean.cpu()
+            self._raised = self._raised.to(task.clean.device) & ~task.clean  # there: the host need not wait
         levels = noise.levels
         work.prepared = self._student(work.prepared, noise)
         work.metrics |= {
@@ -196,7 +196,7 @@ class SelfFlow(Regularizer):
         view = dataclasses.replace(video, latent=latent.to(video.latent.dtype), sigma=lower, timesteps=levels)
         with self._teacher_network():
             features = self.passes.features(view, self.teacher)
-        return features.cpu() if self.options.offload_teacher_features else features
+        return _parked(features) if self.options.offload_teacher_features else features
 
     def _teacher_network(self) -> contextlib.AbstractContextManager:
         return switched_off(self.passes.network) if self.shadows is None else self.shadows.in_place()
@@ -208,7 +208,7 @@ class SelfFlow(Regularizer):
         if self._features is None:
             return None
         student = work.hidden[self._chosen]
-        teacher = self._features.to(student.device).float()
+        teacher = self._features.to(student.device, non_blocking=True).float()
         self._features = None
         options, factor = self.options, self._factor(work.step)
         parts = []
@@ -219,7 +219,7 @@ class SelfFlow(Regularizer):
             cosine = token_cosine(projected, teacher, chosen)
             work.metrics["self_flow/cosine"] = cosine.detach()
             parts.append(options.lambda_self_flow * penalty(cosine, options.loss_type))
-        parts += self._temporal(work, student.float(), teacher)
+        parts += self._temporal(work, student, teacher)
         if not parts:
             return None
         total = factor * sum(parts[1:], parts[0])
@@ -233,7 +233,7 @@ class SelfFlow(Regularizer):
         options, (frames, height, width) = self.options, work.grid
         if frames < 2 or not (options.lambda_temporal or options.lambda_delta):
             return []
-        h, t = (states.unflatten(1, (frames, height * width)) for states in (student, teacher))
+        h, t = (states.unflatten(1, (frames, height * width)) for states in (student.float(), teacher))
         motion = motion_weights(t, options)
         parts = []
         if options.lambda_temporal:
@@ -268,6 +268,12 @@ class SelfFlow(Regularizer):
             self.shadows.load(groups[TEACHER], f"{folder.name}/{TEACHER}.safetensors")
         elif self.shadows is not None:
             logger.warning("%s holds no %s: the teacher starts as a copy of the network", folder, TEACHER)
+
+
+def _parked(features: Tensor) -> Tensor:
+    """A copy in host memory; the copies there and back are in the order of the stream, so nothing waits for them."""
+    host = torch.empty(features.shape, dtype=features.dtype, pin_memory=features.is_cuda)
+    return host.copy_(features, non_blocking=True)
 
 
 def at_level(task: StreamTask, levels: Tensor) -> Tensor:
