@@ -134,7 +134,8 @@ def _preservation(
     if options.prior_divergence is not None:
         members.append(PriorDivergence(passes, options.prior_divergence))
     if options.blank is not None:
-        members.append(PromptPreservation("loss/blank_pres", passes, prompts.blank.placed(setting.device), options.blank))
+        blank = prompts.blank.placed(setting.device)
+        members.append(PromptPreservation("loss/blank_pres", passes, blank, options.blank))
     if options.dop is not None:
         members.append(PromptPreservation("loss/dop", passes, prompts.dop.placed(setting.device), options.dop))
     if options.audio_dop is not None and isinstance(setting.mode, AVMode):

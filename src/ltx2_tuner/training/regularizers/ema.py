@@ -97,7 +97,7 @@ class Shadows:
 
 
 def _moved(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
-    """The tensors on a device, with one copy for all that have to move; on it already, they are returned as they are."""
+    """The tensors on a device, with one copy for all of them; on it already, they are returned as they are."""
     if tensors[0].device == device:
         return tensors
     flat = torch.cat([tensor.flatten() for tensor in tensors]).to(device)
