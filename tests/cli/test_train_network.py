@@ -335,9 +335,19 @@ def test_debug_dataset_lists_one_epoch(space, capsys):
 def test_preflight_tries_each_bucket_and_trains_nothing(tmp_path, checkpoint, capsys):
     space = write_workspace(tmp_path, checkpoint, [Clip(), Clip(grid=(1, 2, 2)), Clip()])
     assert main(space.arguments("--preflight_only")) == 0
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("bucket")]
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].startswith(f"Python {sys.version_info.major}.") and f"torch {torch.__version__}" in printed[0]
+    assert any(line.startswith("memory estimate of the largest batch: 0.0 GiB") for line in printed)
+    assert any(line.startswith("8 GB: fits from --blocks_to_swap 0 on") for line in printed)
+    lines = [line for line in printed if line.startswith("bucket")]
     assert len(lines) == 2 and all("loss" in line for line in lines)
     assert not list(space.output.glob("*.safetensors"))
+
+
+def test_preflight_answers_for_a_typed_budget(space, capsys):
+    assert main(space.arguments("--preflight_only", "--vram_budget", 24)) == 0
+    printed = capsys.readouterr().out
+    assert "24 GB: fits from --blocks_to_swap 0 on, no recomputation" in printed and "\n8 GB:" not in printed
 
 
 def test_how_often_items_are_seen_is_told(space, caplog):

@@ -45,7 +45,7 @@ def add_general_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=int, help="data order, noise, start values; random and logged when absent")
     group.add_argument("--disable_numpy_memmap", **_FLAG, help="accepted: files are always read plainly")
     group.add_argument("--debug_dataset", **_FLAG, help="print one epoch of batches and exit")
-    group.add_argument("--preflight_only", **_FLAG, help="run all checks and one batch per bucket, then exit")
+    group.add_argument("--preflight_only", **_FLAG, help="checks, memory estimate and one batch per bucket, then exit")
     group.add_argument("--nan_check", choices=("off", "warn", "skip", "error"), default="skip", help="non-finite steps")
 
 

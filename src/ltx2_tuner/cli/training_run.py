@@ -24,6 +24,7 @@ from ltx2_tuner.compat import prepare_torchaudio
 from ltx2_tuner.errors import UserError
 from ltx2_tuner.memory.sharding import Peers
 from ltx2_tuner.training.build import build, settle_draws
+from ltx2_tuner.training.environment import check_architecture, environment_lines, memory_lines
 from ltx2_tuner.training.inspect import dataset_lines, preflight, show_timesteps
 from ltx2_tuner.training.logs import Trackers
 from ltx2_tuner.training.loop import Run, Trainer
@@ -59,6 +60,10 @@ def carry_out(
         for line in dataset_lines(sources.training):
             print(line)
         return 0
+    check_architecture(processes.device)
+    if args.preflight_only:  # before the weights are read: they may be what does not fit
+        for line in (*environment_lines(processes.device), *memory_lines(config, sources, processes.device)):
+            print(line)
     _prepare_output(args, config, processes)
     config = _fetch_state(args, config, processes)
     previewer = make_previewer(args, config, sources, processes, encoder) if args.sample_prompts else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -51,7 +50,6 @@ def dataset_lines(data: TrainingData) -> Iterator[str]:
 def preflight(trainer: Trainer, sources: Sources) -> Iterator[str]:
     """Forward and backward of one batch of every bucket, with the device memory each takes; nothing is stepped."""
     run = trainer.run
-    yield f"torch {torch.__version__}, Python {platform.python_version()}, device {_device_name(run.device)}"
     yield f"{len(run.data)} batches an epoch, {trainer.max_steps} steps, {trainer.epochs} epochs"
     seen = set()
     for number in range(len(sources.training)):
@@ -79,7 +77,3 @@ def _rehearse(trainer: Trainer, batch: dict, bucket: tuple) -> str:
     if run.device.type == "cuda":
         memory = f", peak {torch.cuda.max_memory_allocated(run.device) / 2**30:.1f} GiB"
     return f"bucket {bucket}: batch of {len(batch['item_keys'])}, loss {loss.item():.4f}{memory}"
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
