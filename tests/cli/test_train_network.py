@@ -189,6 +189,12 @@ def test_all_mistakes_come_at_once(space, capsys):
         (["--shard_base", "--blocks_to_swap", 1], "--blocks_to_swap keeps blocks in host memory, a sharded base"),
         (["--shard_base", "--network_module", "lycoris.kohya"], "--shard_base: lycoris.kohya may read base weights"),
         (["--fp8_scaled"], "--fp8_scaled needs --fp8_base"),
+        (["--fp8_compute"], "--fp8_compute needs --fp8_base"),
+        (["--fp8_base", "--fp8_scale_mode", "row"], "--fp8_scale_mode needs --fp8_scaled"),
+        (["--blocks_to_swap", -1], "--blocks_to_swap must be at least 0 (got -1)"),
+        (["--block_swap_ring_size", 0], "--block_swap_ring_size must be at least 1 (got 0)"),
+        (["--ffn_chunk_target", "all", "--ffn_chunk_size", -1], "must be at least 0"),
+        (["--split_attn", "--split_attn_chunk_size", -1], "must be at least 0"),
         (["--loftq_init"], "--loftq_init needs --nf4_base"),
         (["--nf4_block_size", 24], "nf4_block_size must be 16, 32, 64, 128"),
         (["--lycoris_config", "x.toml"], "--lycoris_config needs --network_module lycoris.kohya"),
@@ -261,6 +267,17 @@ def test_flags_that_do_not_go_together(space, capsys, flags, expected):
         (["--network_alpha", 1], "effective scale is 0.25"),
         (["--ltx2_first_frame_conditioning_p", 0], "text to video only"),
         (["--img_in_txt_in_offloading"], "--img_in_txt_in_offloading has no effect"),
+        (["--nf4_block_size", 64], "--nf4_block_size has no effect without --nf4_base"),
+        (["--quantize_device", "cpu"], "--quantize_device has no effect without --nf4_base or --fp8_scaled"),
+        (["--loftq_iters", 3], "--loftq_iters has no effect without --loftq_init"),
+        (["--awq_alpha", 0.5], "--awq_alpha has no effect without --awq_calibration"),
+        (["--awq_num_batches", 2], "--awq_num_batches has no effect without --awq_calibration"),
+        (["--split_attn_mode", "query"], "--split_attn_mode has no effect without --split_attn_target"),
+        (["--split_attn_chunk_size", 4], "--split_attn_chunk_size has no effect without --split_attn_target"),
+        (["--split_attn", "--split_attn_chunk_size", 4], "has an effect with --split_attn_mode query only"),
+        (["--blocks_to_swap", 0, "--use_pinned_memory_for_block_swap"], "has no effect without --blocks_to_swap"),
+        (["--block_swap_h2d_only"], "--block_swap_h2d_only is what always happens"),
+        (["--no-compile", "--compile_mode", "max-autotune"], "--compile_mode has no effect without --compile"),
     ],
 )
 def test_flags_without_effect_are_said(space, caplog, flags, expected):
@@ -314,6 +331,8 @@ def test_running_out_of_memory_names_what_is_not_on_yet(space, capsys, monkeypat
         raise torch.OutOfMemoryError("no memory")
 
     monkeypatch.setattr("ltx2_tuner.training.loop.Trainer.train", fail)
+    found = errors_of(capsys, *space.arguments())
+    assert "try, in this order: --gradient_checkpointing, --fp8_base --fp8_scaled, --blocks_to_swap 20" in found
     found = errors_of(capsys, *space.arguments("--gradient_checkpointing"))
     assert "try, in this order: --fp8_base --fp8_scaled, --blocks_to_swap 20" in found
 

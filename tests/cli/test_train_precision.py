@@ -119,18 +119,26 @@ def test_misuse_is_one_sentence(tmp_path, files, capsys, checkpoint, flags, mess
     assert message in capsys.readouterr().err
 
 
+def test_an_fp8_file_without_fp8_base_is_said(tmp_path, files, caplog):
+    """T5: where there is room for it; with less than 48 GB of VRAM it is an error (test_flags_against_checkpoints)."""
+    assert main(flags_of(workspace(tmp_path, files["fp8"]), "--preflight_only")) == 0
+    assert "is an fp8 checkpoint, which takes twice its size without --fp8_base; add --fp8_base" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("value", "flags", "message"),
     [
         ("gpu", ["--nf4_base"], "LTX2_NF4_CALC_DEVICE is cuda, but this torch sees no CUDA device"),
         ("there", ["--nf4_base"], "LTX2_NF4_CALC_DEVICE is there; set it to cpu or cuda"),
+        ("gpu", ["--fp8_base", "--fp8_scaled"], "LTX2_FP8_CALC_DEVICE is cuda, but this torch sees no CUDA device"),
         ("gpu", ["--nf4_base", "--quantize_device", "cpu"], None),
+        ("gpu", ["--fp8_base", "--fp8_scaled", "--quantize_device", "cpu"], None),
         ("gpu", [], None),
     ],
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a device that is not there")
 def test_the_environment_says_where_weights_are_quantised(tmp_path, files, capsys, monkeypatch, value, flags, message):
-    monkeypatch.setenv("LTX2_NF4_CALC_DEVICE", value)
+    monkeypatch.setenv(f"LTX2_{'FP8' if '--fp8_base' in flags else 'NF4'}_CALC_DEVICE", value)
     space = workspace(tmp_path, files["full"])
     assert main(flags_of(space, *flags)) == (0 if message is None else 1)
     assert message is None or message in capsys.readouterr().err

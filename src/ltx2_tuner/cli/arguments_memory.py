@@ -188,17 +188,47 @@ def _precision_errors(args: argparse.Namespace) -> list[str]:
 
 def memory_warnings(args: argparse.Namespace) -> list[str]:
     """Flags that have no effect as they stand."""
-    warnings = []
+    warnings = _unused(args)
     chunked = args.ffn_chunk_target not in (None, "none")
     if chunked != bool(args.ffn_chunk_size):
         warnings.append("--ffn_chunk_target and --ffn_chunk_size work together only; neither has an effect alone")
-    if args.split_attn_mode and args.split_attn_target in (None, "none") and not args.split_attn:
-        warnings.append("--split_attn_mode has no effect without --split_attn_target")
+    if args.split_attn_target in (None, "none") and not args.split_attn:
+        warnings += [
+            f"--{flag} has no effect without --split_attn_target"
+            for flag in ("split_attn_mode", "split_attn_chunk_size")
+            if getattr(args, flag)
+        ]
+    elif args.split_attn_chunk_size and (args.split_attn or args.split_attn_mode == "batch"):
+        warnings.append("--split_attn_chunk_size has an effect with --split_attn_mode query only")
     if args.block_swap_h2d_only:
         warnings.append("--block_swap_h2d_only is what always happens: frozen weights are never copied back")
     if args.img_in_txt_in_offloading:
         warnings.append("--img_in_txt_in_offloading has no effect on LTX-2")
     return warnings
+
+
+def _unused(args: argparse.Namespace) -> list[str]:
+    """Settings that were typed of something that is off."""
+    pinned = args.use_pinned_memory_for_block_swap and args.blocks_to_swap == 0
+    settings = [
+        ("nf4_block_size", args.nf4_block_size != 32, "nf4_base", args.nf4_base),
+        ("quantize_device", args.quantize_device, "nf4_base or --fp8_scaled", args.nf4_base or args.fp8_scaled),
+        ("use_pinned_memory_for_block_swap", pinned, "blocks_to_swap above 0", False),
+        ("compile_backend", args.compile_backend != "inductor", "compile", args.compile is not False),
+        ("compile_mode", args.compile_mode != "default", "compile", args.compile is not False),
+        ("compile_fullgraph", args.compile_fullgraph, "compile", args.compile is not False),
+        ("compile_dynamic", args.compile_dynamic, "compile", args.compile is not False),
+        ("compile_cache_size_limit", args.compile_cache_size_limit, "compile", args.compile is not False),
+    ]
+    if hasattr(args, "loftq_iters"):  # a training script
+        settings += [
+            ("loftq_iters", args.loftq_iters != 2, "loftq_init", args.loftq_init),
+            ("awq_alpha", args.awq_alpha != 0.25, "awq_calibration", args.awq_calibration),
+            ("awq_num_batches", args.awq_num_batches != 8, "awq_calibration", args.awq_calibration),
+        ]
+    return [
+        f"--{flag} has no effect without --{needed}" for flag, typed, needed, is_on in settings if typed and not is_on
+    ]
 
 
 def parse_budget(text: str) -> float | None:
