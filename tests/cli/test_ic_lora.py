@@ -132,11 +132,10 @@ def test_smaller_references_and_precached_samples(models, tmp_path):
     shared = ("--dataset_config", "dataset.toml", "--ltx2_checkpoint", models / "ltx-2.safetensors", "--device", "cpu")
     latents = ("--reference_downscale", 2, "--precache_sample_latents", *prompts)
     run("ltx2_cache_latents.py", *shared, *latents, cwd=project)
-    gemma = ("--gemma_root", models / "gemma", "--precache_sample_prompts", *prompts)
-    run("ltx2_cache_text_encoder_outputs.py", *shared, *gemma, cwd=project)
-
     failed = train(project, models, gemma=False, status=1)
     assert "--use_precached_sample_prompts" in failed.stderr
+    gemma = ("--gemma_root", models / "gemma", "--precache_sample_prompts", *prompts)
+    run("ltx2_cache_text_encoder_outputs.py", *shared, *gemma, cwd=project)
     failed = train(project, models, "--use_precached_sample_prompts", gemma=False, status=1)
     assert "hold references at 1/2, this run says --reference_downscale 1" in failed.stderr
 
