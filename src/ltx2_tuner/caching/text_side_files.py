@@ -44,9 +44,9 @@ class SideFile(ABC):
         Raises:
             UserError: an embedding is not finite.
         """
-        self.save(dict(zip(self.texts, encoder.encode(self.texts))), mode)
+        self.save(dict(zip(self.texts, encoder.encode(self.texts))), mode, made_with)
 
-    def save(self, encoded: dict[str, PromptEmbedding], mode: str) -> None:
+    def save(self, encoded: dict[str, PromptEmbedding], mode: str, made_with: Mapping[str, str] | None = None) -> None:
         """Write the file of embeddings that are known already, by their texts.
 
         Raises:
