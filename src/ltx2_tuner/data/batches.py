@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -176,6 +178,7 @@ class EpochLoader:
             collate_fn=_unchanged,
             persistent_workers=persistent_workers and workers > 0,
             multiprocessing_context="spawn" if workers else None,
+            worker_init_fn=_leave_interrupts,
             pin_memory=pin_memory,
         )
 
@@ -187,7 +190,8 @@ class EpochLoader:
         return self._length
 
     def __iter__(self) -> Iterator[Batch]:
-        return iter(self._loader)
+        with _interrupts_held():
+            return iter(self._loader)
 
 
 class _EpochSampler(Sampler):
@@ -204,6 +208,26 @@ class _EpochSampler(Sampler):
         epoch = self.epoch
         for number in order.rank_share(self.data.order(epoch), self.rank, self.world_size)[self.skip :]:
             yield epoch, number
+
+
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """A Ctrl-C within the block arrives after it; processes started in the block never get one.
+
+    A terminal sends it to the loader's processes too, and without them the running step could not be finished.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows: `_leave_interrupts` alone
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _leave_interrupts(_worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _unchanged(batch: Batch) -> Batch:

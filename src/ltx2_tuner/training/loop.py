@@ -125,7 +125,7 @@ class Trainer:
         run = self.run
         self._set_training(True)
         line = StepLine(self.max_steps, self.progress.step, run.device, shown=run.rank == 0)
-        with contextlib.closing(line), stop_requests() as stop:
+        with contextlib.closing(line), stop_requests(told=run.rank == 0) as stop:
             if self.progress.step == 0 and run.samples.at_first:
                 self._sample(None)
             first = self.progress.epoch

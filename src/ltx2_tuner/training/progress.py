@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -91,17 +93,34 @@ class StepLine:
         self._bar.close()
 
 
+_SAME_REQUEST = 1.0  # seconds in which a launcher passes on a Ctrl-C that the terminal has sent already
+
+
 @contextlib.contextmanager
-def stop_requests() -> Iterator[StopFlag]:
-    """Within the block, the first Ctrl-C or SIGTERM only raises the flag; the second stops at once."""
+def stop_requests(*, told: bool = True) -> Iterator[StopFlag]:
+    """Within the block, the first Ctrl-C or SIGTERM only raises the flag; the second stops at once.
+
+    Args:
+        told: say so on standard error.
+    """
     flag = StopFlag()
     signals = (signal.SIGINT, signal.SIGTERM)
     before = {}
+    first = 0.0
 
     def handle(number: int, frame: object) -> None:
-        if flag.raised:
+        nonlocal first
+        now = time.monotonic()
+        if not flag.raised:
+            flag.raised, first = True, now
+            say("stopping after this step; Ctrl-C again leaves at once")
+        elif now - first > _SAME_REQUEST:
+            say("leaving at once; steps since the last save are lost")
             raise KeyboardInterrupt
-        flag.raised = True
+
+    def say(text: str) -> None:
+        if told:  # written past the buffers, which the signal may have met in use
+            os.write(sys.__stderr__.fileno(), f"\n{text}\n".encode())
 
     try:
         for number in signals:

@@ -127,6 +127,8 @@ class RunSaver:
             epoch=progress.epoch,
             step_in_epoch=progress.step_in_epoch,
         )
+        if moment.kind == "interrupt":
+            logger.info("to go on: the same command with --resume %s, or with --autoresume", folder)
         if self.uploader is not None and self.uploader.options.states:
             self._upload([folder], moment)
         rotate_state(moment, self.options, self.resumed_from)
