@@ -13,7 +13,6 @@ from ltx2_tuner.training.optimizers import (
     check_optimizer,
     create_optimizer,
     describe_optimizer,
-    evaluating,
     optimizer_path,
     scheduler_warnings,
 )
@@ -160,20 +159,3 @@ def test_prodigy_is_told_its_rate(caplog, monkeypatch):
     with caplog.at_level(logging.WARNING):
         create_optimizer(OptimizerOptions("Prodigy", {}, 1e-4), parameter_groups())
     assert "Prodigy expects lr 1.0" in caplog.text
-
-
-def test_evaluating_switches_there_and_back():
-    calls = []
-
-    class Switching(torch.optim.SGD):
-        def train(self):
-            calls.append("train")
-
-        def eval(self):
-            calls.append("eval")
-
-    with pytest.raises(KeyError), evaluating(Switching(parameter_groups())):
-        raise KeyError
-    with evaluating(torch.optim.SGD(parameter_groups())):
-        pass
-    assert calls == ["eval", "train"]

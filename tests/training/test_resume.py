@@ -21,7 +21,7 @@ def same_files(first, second, *names: str) -> None:
         left, right = load_file(first / name), load_file(second / name)
         assert left.keys() == right.keys()
         for key in left:
-            assert torch.equal(left[key], right[key]), f"{name}: {key}"
+            assert left[key].dtype == right[key].dtype and torch.equal(left[key], right[key]), f"{name}: {key}"
 
 
 def test_ten_and_ten_steps_are_twenty(tmp_path, checkpoint):
@@ -83,6 +83,70 @@ def test_a_longer_run_goes_on_with_a_warning(tmp_path, checkpoint, caplog):
     assert "max_train_steps was 4" in caplog.text
     trainer.train()
     assert trainer.progress.step == 6
+
+
+def test_a_state_of_another_optimizer_is_refused(tmp_path, checkpoint):
+    space = write_workspace(tmp_path, checkpoint)
+    train(space.arguments("--save_state"))
+    with pytest.raises(UserError, match=r"optimizer was torch.optim.AdamW there and is torch.optim.SGD now"):
+        make_trainer(space.arguments("--resume", space.output / "tiny-state", "--optimizer_type", "SGD"))
+    assert make_trainer(space.arguments("--resume", space.output / "tiny-state", "--optimizer_type", "adamw"))
+
+
+@pytest.mark.parametrize(("scheduler", "shares"), [("constant", (1, 1)), ("linear", (0.5, 0.375))])
+def test_another_learning_rate_is_used_from_where_the_schedule_stands(tmp_path, checkpoint, caplog, scheduler, shares):
+    space = write_workspace(tmp_path, checkpoint)
+    flags = ("--save_state", "--save_every_n_steps", 4, "--max_train_steps", 8, "--lr_scheduler", scheduler)
+    train(space.arguments(*flags))
+    state = space.output / "tiny-step00000004-state"
+    found = train(space.arguments(*flags, "--resume", state, "--learning_rate", 1e-4)).values("lr/unet")
+    assert found[:2] == pytest.approx([1e-4 * share for share in shares])
+    assert "learning_rate was 0.001 when the state was saved and is 0.0001 now" in caplog.text
+
+
+def test_moments_follow_their_parameters_into_other_groups(tmp_path, checkpoint):
+    space = write_workspace(tmp_path, checkpoint, MIXED)
+    train(space.arguments("--ltx2_mode", "av", "--save_state"))
+    flags = ("--ltx2_mode", "av", "--audio_lr", 1e-4, "--network_args", "loraplus_lr_ratio=4")
+    trainer = make_trainer(space.arguments(*flags, "--resume", space.output / "tiny-state", "--max_train_steps", 6))
+    assert [group["lr"] for group in trainer.run.optimizer.param_groups] == pytest.approx([1e-3, 4e-3, 1e-4, 4e-4])
+    before = make_trainer(space.arguments("--ltx2_mode", "av", "--resume", space.output / "tiny-state"))
+    old = dict(zip(before.run.gradients.names, before.run.gradients.parameters))
+    for name, parameter in zip(trainer.run.gradients.names, trainer.run.gradients.parameters):
+        mine, theirs = trainer.run.optimizer.state[parameter], before.run.optimizer.state[old[name]]
+        assert mine and all(torch.equal(mine[key], theirs[key]) for key in theirs), name
+    trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("package", "name"),
+    [
+        ("schedulefree", "schedulefree.AdamWScheduleFree"),
+        ("prodigyopt", "Prodigy"),
+        ("prodigyplus", "prodigyplus.ProdigyPlusScheduleFree"),
+        ("came_pytorch", "CAME"),
+        ("lion_pytorch", "Lion"),
+        ("bitsandbytes", "PagedAdamW8bit"),
+        ("transformers", "Adafactor"),
+        ("torch", "Muon"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Paged optimizers")
+def test_every_optimizer_resumes_bit_for_bit(tmp_path, checkpoint, package, name):
+    pytest.importorskip(package)
+    same_after_resume(tmp_path, checkpoint, name)
+
+
+def same_after_resume(tmp_path, checkpoint, optimizer: str) -> None:
+    """Six steps, and three and three, end in the same adapter and optimizer."""
+    space = write_workspace(tmp_path, checkpoint)
+    flags = ("--optimizer_type", optimizer, "--save_state", "--save_every_n_steps", 3, "--max_train_steps", 6)
+    train(space.arguments(*flags))
+    state = tmp_path / "state"
+    shutil.move(space.output / "tiny-step00000003-state", state)
+    whole = shutil.move(space.output, tmp_path / "whole")
+    train(space.arguments(*flags, "--resume", state))
+    same_files(whole / "tiny-state", space.output / "tiny-state", "network.safetensors", "optimizer.safetensors")
 
 
 @pytest.mark.parametrize("kind", ["missing", "lora", "no manifest", "cut", "changed", "bad json"])

@@ -29,7 +29,7 @@ from ltx2_tuner.training.metadata import RunMetadata, training_facts
 from ltx2_tuner.training.modes import MODES, Compute, Mode
 from ltx2_tuner.training.modes.streams import Text
 from ltx2_tuner.training.network import trained_parameters
-from ltx2_tuner.training.optimizers import create_optimizer, describe_optimizer, scheduler_warnings
+from ltx2_tuner.training.optimizers import create_optimizer, describe_optimizer, optimizer_path, scheduler_warnings
 from ltx2_tuner.training.options import (
     DrawOptions,
     LoopOptions,
@@ -338,7 +338,7 @@ def _make_saver(
         "max_train_steps": loop.max_steps,
         "learning_rate": config.optimizer.learning_rate,
         "gradient_accumulation_steps": loop.accumulation,
-        "optimizer": config.optimizer.type,
+        "optimizer": optimizer_path(config.optimizer.type),
     }
     return RunSaver(
         config.save,

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -113,19 +112,6 @@ def describe_optimizer(optimizer: Optimizer, options: OptimizerOptions) -> str:
     name = f"{type(optimizer).__module__}.{type(optimizer).__name__}"
     listed = ",".join(f"{key}={value}" for key, value in options.args.items())
     return f"{name}({listed})" if listed else name
-
-
-@contextlib.contextmanager
-def evaluating(optimizer: Optimizer) -> Iterator[None]:
-    """Evaluation weights within the block, for optimizers that keep two sets (schedule-free ones)."""
-    switchable = callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None))
-    if switchable:
-        optimizer.eval()
-    try:
-        yield
-    finally:
-        if switchable:
-            optimizer.train()
 
 
 def scheduler_warnings(optimizer: Optimizer, scheduler: str, max_grad_norm: float) -> list[str]:

@@ -13,7 +13,7 @@ import torch
 
 from ltx2_tuner.errors import UserError
 from ltx2_tuner.training import state as states
-from ltx2_tuner.training.groups import fit_optimizer, fit_scheduler
+from ltx2_tuner.training.groups import load_optimizer, load_scheduler, parameter_names
 from ltx2_tuner.training.loftq import LoftQStart
 from ltx2_tuner.training.options import SaveOptions
 from ltx2_tuner.training.pack import pack, unpack
@@ -23,7 +23,7 @@ from ltx2_tuner.training.saving import CheckpointWriter, Moment, check_finite, r
 from ltx2_tuner.training.upload import Uploader
 
 if TYPE_CHECKING:
-    from ltx2_tuner.training.loop import Trainer
+    from ltx2_tuner.training.loop import Run, Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +40,7 @@ _STRUCTURE = (
     "seed",
     "loftq",
     "awq_alpha",
+    "optimizer",
 )
 
 
@@ -106,6 +107,7 @@ class RunSaver:
             "optimizer": optimizer_form,
             "scheduler": scheduler_form,
             "groups": list(run.group_names),
+            "parameters": _parameters(run),
             "scaler": _state_of(run.scaler),
             "balance": run.balancer.state(),
             "supervision": run.monitor.state() if run.monitor else None,
@@ -148,12 +150,19 @@ class RunSaver:
         state = states.load_state(folder)
         self._compare(folder, state.metadata["fingerprint"])
         run.network.load_state_dict(state.tensors["network"])
-        groups = state.metadata.get("groups", run.group_names), run.group_names
         optimizer = unpack(state.tensors["optimizer"], state.metadata["optimizer"])
-        run.optimizer.load_state_dict(fit_optimizer(optimizer, run.optimizer.state_dict(), *groups))
+        parameters = _parameters(run)
+        load_optimizer(
+            run.optimizer,
+            optimizer,
+            state.metadata.get("parameters", parameters),
+            parameters,
+            state.metadata.get("groups", run.group_names),
+            run.group_names,
+        )
         if run.scheduler is not None and state.metadata["scheduler"] is not None:
             scheduler = unpack(state.tensors["optimizer"], state.metadata["scheduler"])
-            run.scheduler.load_state_dict(fit_scheduler(scheduler, run.scheduler.state_dict(), *groups))
+            load_scheduler(run.scheduler, scheduler, run.optimizer)
         if run.scaler is not None and state.metadata["scaler"]:
             run.scaler.load_state_dict(state.metadata["scaler"])
         run.balancer.load_state(state.metadata["balance"])
@@ -178,6 +187,11 @@ class RunSaver:
                     "saved with, or start a new run from its adapter with --network_weights"
                 )
             logger.warning("%s was %s when the state was saved and is %s now", key, theirs, mine)
+
+
+def _parameters(run: Run) -> list[list[str]]:
+    names = dict(zip(run.gradients.parameters, run.gradients.names))
+    return parameter_names(run.optimizer, names)
 
 
 def _state_of(part: object) -> dict | None:
