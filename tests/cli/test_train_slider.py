@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ltx2_tuner.cli.ltx2_train_slider import build_parser, join_ranges, main
 from tests.training.sliders import text_slider, write_pairs
@@ -36,7 +37,7 @@ def test_a_text_slider_with_previews_at_every_multiplier(tmp_path, checkpoint):
         tmp_path,
         checkpoint,
         *("--sample_prompts", prompts, "--sample_every_n_steps", 4, "--vae_dtype", "float32"),
-        *("--sample_slider_range", "-2,0,1.5"),
+        *("--sample_slider_range", "-2,0,1.5", "--logging_dir", tmp_path / "logs"),
     )
     command = [sys.executable, str(ROOT / "ltx2_train_slider.py"), *arguments]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, encoding="utf-8", env=os.environ)
@@ -48,6 +49,9 @@ def test_a_text_slider_with_previews_at_every_multiplier(tmp_path, checkpoint):
     assert metadata["ss_slider_mode"] == "text" and metadata["ss_slider_guidance_strength"] == "1.0"
     assert '"positive": "a red fox, sharp"' in metadata["ss_slider_targets"]
     assert "ss_ic_lora_strategy" not in metadata
+    (folder,) = (tmp_path / "logs").glob("*/network_train")
+    shown = EventAccumulator(str(folder)).Reload().Tags()["images"]
+    assert sorted(shown) == ["sample_0_mult+0.0", "sample_0_mult+1.5", "sample_0_mult-2.0"], "one a multiplier"
     assert (tmp_path / "output" / "tiny.comfy.safetensors").is_file()
 
 

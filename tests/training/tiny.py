@@ -97,8 +97,8 @@ class Recorder:
     def histogram(self, name: str, values: Sequence[float], step: int) -> None:
         self.steps.append({"step": step, name: len(values)})
 
-    def sample(self, index: int, paths: Sequence[Path], step: int) -> None:
-        self.steps.append({"step": step, f"sample_{index}": len(paths)})
+    def sample(self, index: int, paths: Sequence[Path], step: int, label: str = "") -> None:
+        self.steps.append({"step": step, f"sample_{index}{label}": len(paths)})
 
     def values(self, name: str) -> list[float]:
         """What was logged under a name, in order."""

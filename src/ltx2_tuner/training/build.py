@@ -166,6 +166,7 @@ def build(
         validator=validator,
         samples=config.samples,
         sampler=sampler,
+        swapped=config.memory.blocks_to_swap or 0,
         scaler=torch.amp.GradScaler(device.type) if config.mixed_precision == "fp16" else None,
         regularizers=regularizers,
         before_samples=arrangement.release,

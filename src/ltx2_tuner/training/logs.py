@@ -70,17 +70,18 @@ class Trackers:
 
             self._wandb.log({name: wandb.Histogram(list(values))}, step=step)
 
-    def sample(self, index: int, paths: Sequence[Path], step: int) -> None:
+    def sample(self, index: int, paths: Sequence[Path], step: int, label: str = "") -> None:
         """Show the files of a sample: pictures and clips (TensorBoard: their middle frame) and sound."""
+        name = f"sample_{index}{label}"
         if self._board is not None:
-            _show_on_board(self._board, f"sample_{index}", paths, step)
+            _show_on_board(self._board, name, paths, step)
         if self._wandb is not None:
             import wandb
 
             kinds = {".mp4": wandb.Video, ".png": wandb.Image, ".wav": wandb.Audio}
             for path in paths:
-                name = f"sample_{index}" + ("_audio" if path.suffix == ".wav" else "")
-                self._wandb.log({name: kinds[path.suffix](os.fspath(path))}, step=step)
+                tag = name + ("_audio" if path.suffix == ".wav" else "")
+                self._wandb.log({tag: kinds[path.suffix](os.fspath(path))}, step=step)
 
     def close(self) -> None:
         if self._board is not None:

@@ -22,6 +22,7 @@ from ltx2_tuner.training.draws import Draws, TrainingDraws
 from ltx2_tuner.training.guard import NonFiniteGuard
 from ltx2_tuner.training.health import AdapterHealth
 from ltx2_tuner.training.modes import Mode, Prepared
+from ltx2_tuner.training.notes import RunNotes
 from ltx2_tuner.training.objective import LossTerms, task_loss
 from ltx2_tuner.training.options import DrawOptions, LoopOptions, LossOptions, SampleOptions, ValidationOptions
 from ltx2_tuner.training.progress import LossAverage, Progress, StepLine, StopFlag, stop_requests
@@ -57,6 +58,7 @@ class Sampler(Protocol):
         *,
         step: int,
         epoch: int | None,
+        label: str,
         on_sample: Callable[[int, Sequence[Path], object], None],
     ) -> object: ...
 
@@ -88,12 +90,13 @@ class Run:
     saver: RunSaver
     log: Callable[[dict[str, float], int], None]
     histogram: Callable[[str, Sequence[float], int], None]
-    show_sample: Callable[[int, Sequence[Path], int], None]
+    show_sample: Callable[..., None]  # (index, paths, step, label="")
     histogram_interval: int
     validation: ValidationOptions
     validator: Validator | None
     samples: SampleOptions
     sampler: Sampler | None
+    swapped: int = 0  # blocks streamed from the host
     scaler: torch.amp.GradScaler | None = None
     regularizers: Regularizers = field(default_factory=Regularizers)
     before_samples: Callable[[], None] = lambda: None
@@ -110,6 +113,7 @@ class Trainer:
         self._used_sigmas: dict[str, list[float]] = {}
         self._told_idle = False
         self._health = AdapterHealth()
+        self._notes = RunNotes(run.device, run.swapped)
         self._recent: dict | None = None  # the batch trained on last
         self.steps_per_epoch = math.ceil(len(run.data) / run.loop.accumulation)
         self.max_steps = run.loop.max_steps
@@ -128,6 +132,7 @@ class Trainer:
         with contextlib.closing(line), stop_requests(told=run.rank == 0) as stop:
             if self.progress.step == 0 and run.samples.at_first:
                 self._sample(None)
+                line.pause()
             first = self.progress.epoch
             if self.progress.step_in_epoch == 0 and self.progress.micro_batches:
                 first += 1
@@ -282,6 +287,8 @@ class Trainer:
         perf = line.advance(self.metrics, balanced=run.loss.balance.mode != "none")
         perf["perf/data_wait_seconds"] = waiting
         run.log({**self.metrics, **perf, **rates}, progress.step)
+        if run.rank == 0:
+            self._notes.step(progress.step, {**self.metrics, **perf})
         self._log_used_sigmas()
         self._after_step(line)
 
@@ -351,19 +358,26 @@ class Trainer:
         if self.run.validator is None:
             return
         with self._evaluation(), torch.no_grad(), self.run.autocast():
-            self.run.log(self.run.validator.measure(), self.progress.step)
+            found = self.run.validator.measure()
+        if self.run.rank == 0:
+            found |= self._notes.validation(found, self.average.value)
+        self.run.log(found, self.progress.step)
 
     def _sample(self, epoch: int | None) -> None:
         if self.run.sampler is None:
             return
         self.run.before_samples()
         with self._evaluation(), torch.no_grad():
-            step = self.progress.step
+            self._make_samples(epoch)
 
-            def show(index: int, paths: Sequence[Path], sample: object) -> None:
-                self.run.show_sample(index, paths, step)
+    def _make_samples(self, epoch: int | None, label: str = "") -> None:
+        """The previews, shown to the trackers under their number and `label`."""
+        step = self.progress.step
 
-            self.run.sampler.sample(self.run.model, step=step, epoch=epoch, on_sample=show)
+        def show(index: int, paths: Sequence[Path], sample: object) -> None:
+            self.run.show_sample(index, paths, step, label)
+
+        self.run.sampler.sample(self.run.model, step=step, epoch=epoch, label=label, on_sample=show)
 
     @contextlib.contextmanager
     def _evaluation(self) -> Iterator[None]:

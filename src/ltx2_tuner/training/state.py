@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 MANIFEST = "state_manifest.json"
 METADATA = "resume_metadata.json"
 FORMAT_VERSION = 1
+_ASIDE = ".old"  # ending of a state that makes way for a newer one of its name
 
 
 @dataclass(frozen=True)
@@ -132,8 +133,9 @@ def newest_state(output_dir: Path, output_name: str) -> Path | None:
     """The complete state of this output name with the highest step (then the latest), None without one."""
     best: tuple[int, str] | None = None
     chosen = None
-    for folder in sorted(output_dir.glob("*-state")):
-        if not belongs_to(folder.name, output_name):
+    for folder in sorted([*output_dir.glob("*-state"), *output_dir.glob(f".*-state{_ASIDE}")]):
+        place = _place_of(folder)
+        if not belongs_to(place.name, output_name) or (place != folder and place.exists()):
             continue
         try:
             manifest = read_manifest(folder)
@@ -152,7 +154,7 @@ def remove_leftovers(output_dir: Path, output_name: str) -> None:
         name, _, ending = path.name[1:].rpartition(".")
         if ending == "tmp":
             name = name.rpartition(".")[0]  # the number of the process
-        if ending not in ("tmp", "removed"):
+        if ending not in ("tmp", "removed", "old") or (ending == "old" and not (output_dir / name).exists()):
             continue
         if path.is_dir() and belongs_to(name, output_name):
             shutil.rmtree(path, ignore_errors=True)
@@ -182,10 +184,20 @@ def _fingerprint(path: Path) -> dict[str, object]:
 
 
 def _replace_folder(temporary: Path, folder: Path) -> None:
-    """Rename into place; an older state of that name is moved aside first and removed afterwards."""
-    aside = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(aside, ignore_errors=True)
+    """Rename into place; an older state of that name is moved aside first and removed afterwards.
+
+    Killed in between, the state aside is the last one, which `newest_state` still finds.
+    """
+    aside = folder.with_name(f".{folder.name}{_ASIDE}")
     if folder.exists():
+        shutil.rmtree(aside, ignore_errors=True)
         folder.rename(aside)
     temporary.rename(folder)
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def _place_of(folder: Path) -> Path:
+    """Where a state belongs that a killed run had moved aside; any other folder itself."""
+    if not folder.name.endswith(_ASIDE):
+        return folder
+    return folder.with_name(folder.name[1:].removesuffix(_ASIDE))

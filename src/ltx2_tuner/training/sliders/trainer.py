@@ -60,6 +60,4 @@ class SliderTrainer(Trainer):
             stack.callback(self.run.network.set_multiplier, 1.0)
             for multiplier in self._multipliers:
                 self.run.network.set_multiplier(multiplier)
-                self.run.sampler.sample(
-                    self.run.model, step=self.progress.step, epoch=epoch, label=f"_mult{multiplier:+.1f}"
-                )
+                self._make_samples(epoch, f"_mult{multiplier:+.1f}")
