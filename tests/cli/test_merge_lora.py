@@ -91,6 +91,13 @@ def test_misuse(inputs, tmp_path, capsys, extra, message):
     assert not (tmp_path / "m.safetensors").exists()
 
 
+def test_flags_of_the_other_method_are_said(inputs, tmp_path, caplog):
+    _, paths = inputs
+    argv = ["--lora_weight", *map(str, paths), "--save_merged_lora", str(tmp_path / "m.safetensors")]
+    assert main([*argv, "--orthogonal_k_fraction", "0.2"]) == 0
+    assert "no effect without --merge_method orthogonal" in caplog.text
+
+
 def test_output_must_not_be_an_input(inputs, capsys):
     _, paths = inputs
     before = paths[0].read_bytes()

@@ -248,6 +248,12 @@ def test_all_mistakes_come_at_once(space, capsys):
         (["--vram_budget", "much"], "give auto or a number of GB"),
         (["--network_dim", 0], "the rank is at least 1"),
         (["--output_dir", SCRIPT], "is a file; give a folder"),
+        (["--seed", 2**64], "--seed 18446744073709551616: give a number from 0 to"),
+        (["--seed", -1], "leave it out for a random one"),
+        (["--lr_scheduler", "polynomial", "--lr_scheduler_power", -1], "--lr_scheduler_power -1"),
+        (["--lr_scheduler_type", "torch.optim.lr_scheduler.StepLR"], "step_size"),
+        (["--optimizer_args", "betas=0.9"], "correct --optimizer_args"),
+        (["--log_tracker_config", "nowhere.toml"], "--log_tracker_config nowhere.toml: cannot be read as TOML"),
     ],
 )
 def test_flags_that_do_not_go_together(space, capsys, flags, expected):
@@ -278,6 +284,9 @@ def test_flags_that_do_not_go_together(space, capsys, flags, expected):
         (["--blocks_to_swap", 0, "--use_pinned_memory_for_block_swap"], "has no effect without --blocks_to_swap"),
         (["--block_swap_h2d_only"], "--block_swap_h2d_only is what always happens"),
         (["--no-compile", "--compile_mode", "max-autotune"], "--compile_mode has no effect without --compile"),
+        (["--lr_decay_steps", 2], "constant does not read --lr_decay_steps"),
+        (["--log_prefix", "x", "--wandb_run_name", "y"], "--wandb_run_name: no effect without --log_with wandb"),
+        (["--log_prefix", "x"], "--log_prefix: no effect without --logging_dir"),
     ],
 )
 def test_flags_without_effect_are_said(space, caplog, flags, expected):

@@ -156,6 +156,11 @@ def test_the_same_layer_twice_is_refused():
 def test_a_file_without_lora_keys_is_refused():
     with pytest.raises(UserError, match="no LoRA matrices"):
         parse({"transformer_blocks.0.attn1.to_q.weight": torch.ones(2, 2)}, source="model.safetensors")
+    layer = {
+        f"model.diffusion_model.transformer_blocks.0.attn1.to_q.{name}": torch.ones(2) for name in ("bias", "weight")
+    }
+    with pytest.raises(UserError, match="no LoRA matrices among its 2 tensors"):
+        parse(layer, source="model.safetensors")
 
 
 def test_files_are_deterministic_and_carry_metadata(tmp_path):

@@ -80,6 +80,8 @@ def test_literals_and_tuples():
         (OptimizerOptions("no_such_package_here.Opt"), "pip install no_such_package_here"),
         (OptimizerOptions("torch.optim.Nothing"), "no class Nothing"),
         (OptimizerOptions("torch.nn.Linear"), "is no optimizer class"),
+        (OptimizerOptions("AdamW", {"betas": "0.9"}), "--optimizer_type AdamW: .*; correct --optimizer_args"),
+        (OptimizerOptions("AdamW", {"betas": "(2.0, 0.9)"}), "Invalid beta"),
         (OptimizerOptions(learning_rate=-1.0), "--learning_rate -1.0"),
         (OptimizerOptions(audio_learning_rate=float("nan")), "--audio_lr nan"),
         (OptimizerOptions(max_grad_norm=-1.0), "--max_grad_norm"),

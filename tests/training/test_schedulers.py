@@ -17,6 +17,7 @@ from ltx2_tuner.training.schedulers import (
     lr_factor,
     parse_span,
     parse_step_rules,
+    scheduler_notes,
     span_steps,
 )
 
@@ -113,6 +114,12 @@ def test_step_rules_that_are_none(text):
         (SchedulerOptions("warmup_stable_decay", warmup=60, decay=60), "are more than the run's 100 steps"),
         (SchedulerOptions("cosine_with_min_lr", min_lr_ratio=2.0), "from 0 to 1"),
         (SchedulerOptions(custom_class="StepLR"), "give a class with its package"),
+        (SchedulerOptions("polynomial", power=-1.0), "--lr_scheduler_power -1: give a number of at least 0"),
+        (SchedulerOptions("cosine_with_restarts", cycles=0), "--lr_scheduler_num_cycles 0: give at least 1"),
+        (SchedulerOptions("inverse_sqrt", timescale=0), "--lr_scheduler_timescale 0: give at least 1"),
+        (SchedulerOptions(custom_class="nowhere.Foo"), "no module nowhere"),
+        (SchedulerOptions(custom_class="torch.optim.lr_scheduler.StepLR"), "step_size"),
+        (SchedulerOptions(custom_class="torch.optim.lr_scheduler.StepLR", args={"stepsize": "1"}), "'step_size'"),
     ],
 )
 def test_mistakes(options, message):
@@ -120,6 +127,22 @@ def test_mistakes(options, message):
     assert message in error
     with pytest.raises(UserError, match="--lr_"):
         create_scheduler(sgd(), options, N, 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "flags"),
+    [
+        (SchedulerOptions("linear", decay=5, cycles=2), ["--lr_decay_steps", "--lr_scheduler_num_cycles"]),
+        (SchedulerOptions("linear", power=2.0, timescale=3), ["--lr_scheduler_power", "--lr_scheduler_timescale"]),
+        (SchedulerOptions("cosine", min_lr_ratio=0.1), ["--lr_scheduler_min_lr_ratio"]),
+        (SchedulerOptions("rex", min_lr_ratio=0.1, warmup=3), []),
+        (SchedulerOptions("warmup_stable_decay", decay=5, cycles=2, min_lr_ratio=0.1, warmup=3), []),
+        (SchedulerOptions("linear", custom_class="a.B", warmup=3), ["--lr_scheduler linear", "--lr_warmup_steps"]),
+    ],
+)
+def test_what_the_schedule_does_not_read(options, flags):
+    (note,) = scheduler_notes(options) or [""]
+    assert all(flag in note for flag in flags) and note.count("--") == len(flags) + (options.custom_class is not None)
 
 
 def sgd(*rates: float) -> torch.optim.Optimizer:

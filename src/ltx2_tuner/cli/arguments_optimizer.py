@@ -10,7 +10,14 @@ from ltx2_tuner.cli.key_values import parse_key_values
 from ltx2_tuner.errors import UserError
 from ltx2_tuner.lora.groups import parse_lr_args
 from ltx2_tuner.training.optimizers import DEFAULT_LEARNING_RATE, OptimizerOptions, check_optimizer
-from ltx2_tuner.training.schedulers import SCHEDULERS, SchedulerOptions, Span, check_scheduler, parse_span
+from ltx2_tuner.training.schedulers import (
+    SCHEDULERS,
+    SchedulerOptions,
+    Span,
+    check_scheduler,
+    parse_span,
+    scheduler_notes,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +118,8 @@ def scheduler_options(args: argparse.Namespace, errors: list[str]) -> SchedulerO
         args=parse_key_values(args.lr_scheduler_args, "--lr_scheduler_args", errors),
     )
     errors += check_scheduler(options, None if args.max_train_epochs else args.max_train_steps)
+    for note in scheduler_notes(options):
+        logger.warning("--lr_scheduler: %s", note)
     return options
 
 

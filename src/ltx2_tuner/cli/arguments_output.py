@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import tomllib
 from pathlib import Path
 
 from ltx2_tuner.training.options import LogOptions, SaveOptions, ValidationOptions
@@ -105,6 +106,8 @@ def check_output(args: argparse.Namespace) -> list[str]:
         for name in _NEEDS_REPOSITORY
         if getattr(args, name) and not args.huggingface_repo_id
     ]
+    if args.log_tracker_config:
+        errors += _check_tracker_config(args.log_tracker_config)
     if args.save_state_to_huggingface and not (args.save_state or args.save_state_on_train_end):
         errors.append("--save_state_to_huggingface needs --save_state or --save_state_on_train_end")
     if args.resume_from_huggingface and not args.resume:
@@ -121,6 +124,7 @@ def output_notes(args: argparse.Namespace) -> list[str]:
         notes.append(f"--output_name is not given: files are called {DEFAULT_NAME}")
     if args.no_save_original_lora and (args.save_state or args.resume or args.autoresume):
         notes.append("--no_save_original_lora: states still hold the adapter in its original form")
+    notes += _log_notes(args)
     if args.autoresume and args.resume:
         notes.append("--autoresume is ignored: --resume names the state")
     if not (args.save_every_n_steps or args.save_every_n_epochs) and (args.max_train_steps or 0) > 1000:
@@ -154,6 +158,30 @@ def validation_options(args: argparse.Namespace) -> ValidationOptions:
     return ValidationOptions(args.validate_every_n_steps, args.validate_every_n_epochs)
 
 
+def _log_notes(args: argparse.Namespace) -> list[str]:
+    """Flags of trackers that nothing is tracked with."""
+    wandb = [name for name in ("log_tracker_config", "wandb_run_name", "wandb_api_key") if getattr(args, name)]
+    others = [name for name in ("log_prefix", "log_tracker_name", "log_config") if getattr(args, name)]
+    notes = []
+    if wandb and args.log_with not in ("wandb", "all"):
+        notes.append(f"{_flags(wandb)}: no effect without --log_with wandb")
+    if others and not (args.log_with or args.logging_dir):
+        notes.append(f"{_flags(others)}: no effect without --logging_dir or --log_with wandb")
+    return notes
+
+
+def _flags(names: list[str]) -> str:
+    return ", ".join(f"--{name}" for name in names)
+
+
+def _check_tracker_config(path: str) -> list[str]:
+    try:
+        tomllib.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return [f"--log_tracker_config {path}: cannot be read as TOML ({error}); correct it"]
+    return []
+
+
 def log_options(args: argparse.Namespace) -> LogOptions:
     """Where the numbers go."""
     trackers = {"all": ("tensorboard", "wandb"), None: ("tensorboard",) if args.logging_dir else ()}
@@ -162,7 +190,7 @@ def log_options(args: argparse.Namespace) -> LogOptions:
         trackers=trackers.get(args.log_with, (args.log_with,)),
         prefix=args.log_prefix or "",
         name=args.log_tracker_name or "network_train",
-        tracker_config=None if args.log_tracker_config is None else Path(args.log_tracker_config),
+        tracker_config=None if args.log_tracker_config is None else Path(args.log_tracker_config).expanduser(),
         wandb_run_name=args.wandb_run_name,
         histogram_interval=args.log_timestep_distribution_interval,
     )

@@ -13,6 +13,7 @@ from ltx2_tuner.training.sigmas import SigmaSampler
 from ltx2_tuner.training.supervision import SupervisionOptions
 
 _FLAG = {"action": "store_true"}
+_SEEDS = 2**62  # torch takes 64 bits, and epochs are added
 
 
 def add_general_arguments(parser: argparse.ArgumentParser) -> None:
@@ -161,7 +162,10 @@ def add_regularizer_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check_training(args: argparse.Namespace, *, needs_data: bool = True) -> list[str]:
     """Sentences about flags of this module that are out of range or do not go together."""
-    return [*_check_data_choice(args, needs_data), *_check_noise(args), *_check_losses(args), *_check_sound(args)]
+    errors = [*_check_data_choice(args, needs_data), *_check_noise(args), *_check_losses(args), *_check_sound(args)]
+    if args.seed is not None and not 0 <= args.seed < _SEEDS:
+        errors.append(f"--seed {args.seed}: give a number from 0 to {_SEEDS - 1}, or leave it out for a random one")
+    return errors
 
 
 def _check_data_choice(args: argparse.Namespace, needs_data: bool) -> list[str]:

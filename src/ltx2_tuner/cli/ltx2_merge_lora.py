@@ -65,6 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"--orthogonal_k_fraction {args.orthogonal_k_fraction}: give a share from 0 to 1")
     if args.merge_method == "orthogonal" and len(args.lora_weight) != 2:
         raise UserError(f"--merge_method orthogonal merges exactly 2 files, not {len(args.lora_weight)}; use concat")
+    if args.merge_method == "concat" and (args.orthogonal_k_fraction, args.orthogonal_rank_mode) != (0.5, "sum"):
+        logger.warning(
+            "--orthogonal_k_fraction and --orthogonal_rank_mode: no effect without --merge_method orthogonal"
+        )
     loras = [read_known(path) for path in args.lora_weight]
     extra = {
         "merged_with": f"ltx2-tuner {__version__}",

@@ -27,7 +27,9 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, 
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: no such file; give the path of a LoRA file (.safetensors)")
+        raise UserError(
+            f"{path}: {'is a folder' if path.is_dir() else 'no such file'}; give the path of a LoRA file (.safetensors)"
+        )
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)

@@ -11,6 +11,7 @@ The official trainer's files are comfy files. Inside the suite a LoRA is a dict 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -34,20 +35,9 @@ _PARTS = {
     ".alpha": "alpha",
 }
 # Parts of adapters that are no plain low-rank pair.
-_FOREIGN = (
-    ".lora_magnitude_vector",
-    ".dora_scale",
-    ".lokr_w1",
-    ".lokr_w2",
-    ".lokr_t2",
-    ".hada_w1",
-    ".hada_w2",
-    ".hada_t1",
-    ".hada_t2",
-    ".oft_R",
-    ".oft_blocks",
-    ".on_input",
-    ".diff",
+_FOREIGN = re.compile(
+    r"\.(lora_magnitude_vector|dora_scale|lokr_(w1|w2|t2)(_[ab])?|hada_(w1|w2|t1|t2)(_[ab])?|oft_R|oft_blocks|on_input"
+    r"|diff(_b)?)(\.|$)"
 )
 
 
@@ -118,7 +108,7 @@ def parse(
         name, part = _split(key)
         if part is not None:
             parts.setdefault(name, {})[part] = tensor
-        elif any(suffix in key for suffix in _FOREIGN):
+        elif _FOREIGN.search(key):
             raise UserError(
                 f"{source}: '{key}' was made by another network module (not plain LoRA); "
                 "use it with the software that made it"
@@ -183,7 +173,7 @@ def any_to_comfy(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None
 
     Plain LoRA has alpha folded in; adapters of other kinds (LoKr, LoHa, …) keep their own parts and alpha.
     """
-    if not any(suffix in key for key in tensors for suffix in _FOREIGN):
+    if not any(_FOREIGN.search(key) for key in tensors):
         return to_comfy(parse(tensors).modules, dtype)
     table = NameTable.static()
     state: dict[str, Tensor] = {}

@@ -101,10 +101,14 @@ def create_optimizer(options: OptimizerOptions, groups: Sequence[Mapping[str, ob
         logger.warning("Prodigy expects lr 1.0; --learning_rate is %g", options.learning_rate)
     if learning_rate is not None:
         keywords.setdefault("lr", learning_rate)
+    return _construct(found, groups, keywords, options.type)
+
+
+def _construct(found: type[Optimizer], groups: list, keywords: Mapping[str, object], typed: str) -> Optimizer:
     try:
         return found(groups, **keywords)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"--optimizer_type {options.type}: {error}; correct --optimizer_args") from error
+        raise UserError(f"--optimizer_type {typed}: {error}; correct --optimizer_args") from error
 
 
 def describe_optimizer(optimizer: Optimizer, options: OptimizerOptions) -> str:
@@ -184,7 +188,10 @@ def check_optimizer(options: OptimizerOptions) -> list[str]:
     """One sentence per mistake that shows without building anything."""
     errors = []
     try:
-        _check_keywords(_load(optimizer_path(options.type), options.type), literals(options.args))
+        found, keywords = _load(optimizer_path(options.type), options.type), literals(options.args)
+        _check_keywords(found, keywords)
+        if options.args:  # their values, on a parameter of every optimizer's liking
+            _construct(found, [{"params": [torch.nn.Parameter(torch.zeros(2, 2))], "lr": 1e-3}], keywords, options.type)
     except UserError as error:
         errors.append(str(error))
     rates = {"--learning_rate": options.learning_rate, "--audio_lr": options.audio_learning_rate}

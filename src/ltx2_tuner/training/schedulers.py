@@ -11,7 +11,8 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from torch.optim import Optimizer
+import torch
+from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from ltx2_tuner.compat import prepare_torchaudio
@@ -86,7 +87,7 @@ def check_scheduler(options: SchedulerOptions, total_steps: int | None = None) -
     """One sentence per mistake in the options; `total_steps` None leaves out what depends on the run's length."""
     errors = []
     if options.custom_class is not None:
-        return errors if "." in options.custom_class else [_class_message(options.custom_class)]
+        return _custom_errors(options)
     if options.name not in SCHEDULERS:
         known = ", ".join(SCHEDULERS)
         hint = did_you_mean(options.name, SCHEDULERS)
@@ -106,9 +107,37 @@ def check_scheduler(options: SchedulerOptions, total_steps: int | None = None) -
         errors += _try_parse(options.args)
     if options.min_lr_ratio is not None and not 0 <= options.min_lr_ratio <= 1:
         errors.append(f"--lr_scheduler_min_lr_ratio {options.min_lr_ratio}: give a ratio from 0 to 1")
+    if options.power < 0:
+        errors.append(f"--lr_scheduler_power {options.power:g}: give a number of at least 0")
+    counts = {"num_cycles": options.cycles, "timescale": options.timescale}
+    errors += [f"--lr_scheduler_{name} {n}: give at least 1" for name, n in counts.items() if n is not None and n < 1]
     if total_steps is not None:
         errors += _length_errors(options, total_steps)
     return errors
+
+
+def scheduler_notes(options: SchedulerOptions) -> list[str]:
+    """A sentence about settings that the schedule does not read, where there are any."""
+    plain = SchedulerOptions()
+    readers = {
+        "lr_decay_steps": ("decay", ("warmup_stable_decay",)),
+        "lr_scheduler_num_cycles": ("cycles", ("cosine_with_restarts", "cosine_with_min_lr", "warmup_stable_decay")),
+        "lr_scheduler_power": ("power", ("polynomial",)),
+        "lr_scheduler_timescale": ("timescale", ("inverse_sqrt",)),
+        "lr_scheduler_min_lr_ratio": ("min_lr_ratio", ("cosine_with_min_lr", "warmup_stable_decay", "rex")),
+    }
+    name = options.name
+    if options.custom_class is not None:
+        name = f"{options.custom_class} (--lr_scheduler_type)"
+        readers["lr_warmup_steps"] = ("warmup", ())
+    unread = [
+        f"--{flag}"
+        for flag, (field_name, names) in readers.items()
+        if getattr(options, field_name) != getattr(plain, field_name) and name not in names
+    ]
+    if options.custom_class is not None and options.name != plain.name:
+        unread.insert(0, f"--lr_scheduler {options.name}")
+    return [f"{name} does not read {', '.join(unread)}"] if unread else []
 
 
 def create_scheduler(
@@ -294,5 +323,13 @@ def load_class(path: str, flag: str) -> type:
         raise UserError(f"{flag} {path}: {module or path} has no class {name}; check the spelling") from error
 
 
-def _class_message(path: str) -> str:
-    return f"--lr_scheduler_type {path}: give a class with its package, such as torch.optim.lr_scheduler.StepLR"
+def _custom_errors(options: SchedulerOptions) -> list[str]:
+    """What is wrong with a class, found by making one for an optimizer of nothing much."""
+    path = options.custom_class
+    if "." not in path:
+        return [f"--lr_scheduler_type {path}: give a class with its package, such as torch.optim.lr_scheduler.StepLR"]
+    try:
+        _custom(SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0), options)
+    except UserError as error:
+        return [str(error)]
+    return []
