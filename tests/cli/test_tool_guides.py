@@ -17,6 +17,7 @@ from ltx2_tuner.lora.files import load_lora
 from ltx2_tuner.lora.formats import LoRAMatrices, to_original
 from ltx2_tuner.media.write import write_image
 from ltx2_tuner.text_encoding import write_tiny_gemma
+from ltx2_tuner.training.run_log import read_log
 from tests.training.tiny import Clip, write_checkpoint, write_workspace
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,7 +62,7 @@ def write_lora(path: Path, seed: int) -> None:
 
 
 def test_every_guide_starts_with_a_command():
-    for guide in ("sliders.md", "merging.md", "resume.md", "logging.md"):
+    for guide in ("sliders.md", "merging.md", "resume.md", "logging.md", "optimizers.md"):
         title, blank, fence, command = (ROOT / "docs" / guide).read_text(encoding="utf-8").splitlines()[:4]
         assert title.startswith("# ") and not blank and fence == "```" and command.startswith("python ")
 
@@ -110,15 +111,45 @@ def test_sliders(place):
         assert load_lora(place / "output" / f"{name}.safetensors").modules
 
 
-@pytest.mark.parametrize("guide", ["resume.md", "logging.md"])
-def test_training(place, guide, monkeypatch):
-    """The first command of a guide, twice where it is meant to go on."""
-    write_workspace(place, place / "ltx-2.3.safetensors", [Clip()] * 2)
+def write_run(place: Path) -> None:
+    """The `train.toml` of the guides, with two clips to train on and one to validate with."""
+    write_workspace(place, place / "ltx-2.3.safetensors", [Clip(sound=17)] * 2, validation=[Clip()])
     (place / "train.toml").write_text(
         'ltx2_checkpoint = "ltx-2.3.safetensors"\ndataset_config = "data.toml"\noutput_dir = "output"\n'
         'output_name = "my_lora"\nlearning_rate = 1e-4\nnetwork_dim = 4\nseed = 1\n',
         encoding="utf-8",
     )
+
+
+_PACKAGES = {"Prodigy": "prodigyopt", "schedulefree": "schedulefree", "prodigyplus": "prodigyplus"}
+
+
+@pytest.mark.parametrize("number", range(12))
+def test_optimizers(place, number):
+    found = commands("optimizers.md")
+    assert len(found) == 12
+    words = found[number]
+    for word, package in _PACKAGES.items():
+        if any(flag.split(".")[0] == word for flag in words):
+            pytest.importorskip(package)
+    write_run(place)
+    write_lora(place / "style.safetensors", 0)
+    run(words, *SMALL, "--max_train_steps", 40, "--no_report")
+    rows = read_log(place / "output" / "my_lora.log.csv")
+    assert len(rows) == 40 and any(name.startswith("lr/") for name in rows[0])
+
+
+def test_validation(place):
+    write_run(place)
+    (words,) = [words for words in commands("resume.md") if "--validate_every_n_steps" in words]
+    run(words, *SMALL, "--max_train_steps", 250, "--no_report")
+    assert "val_loss" in read_log(place / "output" / "my_lora.log.csv")[-1]
+
+
+@pytest.mark.parametrize("guide", ["resume.md", "logging.md"])
+def test_training(place, guide):
+    """The first command of a guide, twice where it is meant to go on."""
+    write_run(place)
     first = commands(guide)[0]
     run(first, *SMALL, "--max_train_steps", 2)
     assert (place / "output" / "my_lora.report.html").is_file() and (place / "output" / "my_lora.log.csv").is_file()
