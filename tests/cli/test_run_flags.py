@@ -87,10 +87,26 @@ def test_clipping_and_the_limit_of_norms(space):
         assert product.norm() <= 0.05 * 1.0001, name
 
 
-def test_low_precision_adapters_are_saved_as_they_are(space):
-    assert main(space.arguments("--full_bf16", "--mixed_precision", "bf16", "--dit_dtype", "bfloat16")) == 0
+@pytest.mark.parametrize(("short", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_low_precision_adapters_are_trained_and_saved_as_they_are(space, short, dtype):
+    flags = (f"--full_{short}", "--mixed_precision", short, "--optimizer_args", "eps=1e-4")
+    assert main(space.arguments(*flags)) == 0
     tensors = load_file(space.output / "tiny.safetensors")
-    assert {tensor.dtype for name, tensor in tensors.items() if "lora_" in name} == {torch.bfloat16}
+    assert {tensor.dtype for name, tensor in tensors.items() if "lora_" in name} == {dtype}
+    assert all(tensor.any() for name, tensor in tensors.items() if "lora_up" in name)
+
+
+def test_lycoris_takes_its_own_files_alone(space, capsys, caplog):
+    pytest.importorskip("lycoris")
+    flags = ("--network_module", "lycoris.kohya", "--network_args", "algo=locon")
+    assert main(space.arguments(*flags)) == 0
+    assert "reported to be unstable" in caplog.text
+    own = space.output / "tiny.safetensors"
+    more = ("--output_name", "more", "--network_weights", own)
+    assert main(space.arguments(*flags, *more)) == 0
+    assert main(space.arguments("--output_name", "lora")) == 0
+    assert main(space.arguments(*flags, "--network_weights", space.output / "lora.comfy.safetensors")) == 1
+    assert "belongs to this lycoris.kohya network" in capsys.readouterr().err
 
 
 def test_base_weights_train_as_on_the_merged_model(tmp_path, space, checkpoint):

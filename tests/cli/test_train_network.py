@@ -286,6 +286,7 @@ def test_flags_that_do_not_go_together(space, capsys, flags, expected):
         (["--no-compile", "--compile_mode", "max-autotune"], "--compile_mode has no effect without --compile"),
         (["--lr_decay_steps", 2], "constant does not read --lr_decay_steps"),
         (["--log_prefix", "x", "--wandb_run_name", "y"], "--wandb_run_name: no effect without --log_with wandb"),
+        (["--huggingface_token", "x"], "--huggingface_token: no effect without --huggingface_repo_id"),
         (["--log_prefix", "x"], "--log_prefix: no effect without --logging_dir"),
     ],
 )

@@ -179,6 +179,11 @@ def _say(args: argparse.Namespace, options: NetworkOptions) -> None:
         logger.warning("--lora_target_preset has no effect with --network_module %s", options.module)
     elif args.lora_target_preset and "include_patterns" in options.args:
         logger.warning("include_patterns replace --lora_target_preset %s", args.lora_target_preset)
+    if options.is_lycoris:
+        logger.warning(
+            "LyCORIS runs on this model are reported to be unstable: watch grad_norm/total and loss/average, and lower "
+            "--learning_rate when they grow"
+        )
     if options.is_lycoris and "include_patterns" in options.args:
         logger.warning("include_patterns are the built-in LoRA's; LyCORIS chooses layers by its own settings")
     unused = sorted({"conv_dim", "conv_alpha"} & options.args.keys())

@@ -125,6 +125,8 @@ def output_notes(args: argparse.Namespace) -> list[str]:
     if args.no_save_original_lora and (args.save_state or args.resume or args.autoresume):
         notes.append("--no_save_original_lora: states still hold the adapter in its original form")
     notes += _log_notes(args)
+    if args.huggingface_token and not (args.huggingface_repo_id or args.resume_from_huggingface):
+        notes.append("--huggingface_token: no effect without --huggingface_repo_id or --resume_from_huggingface")
     if args.autoresume and args.resume:
         notes.append("--autoresume is ignored: --resume names the state")
     if not (args.save_every_n_steps or args.save_every_n_epochs) and (args.max_train_steps or 0) > 1000:

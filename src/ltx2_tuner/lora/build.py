@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ltx2_tuner.errors import UserError
+from ltx2_tuner.lora.files import read_tensors
 from ltx2_tuner.lora.network import LoRANetwork
 from ltx2_tuner.lora.options import NetworkOptions
 from ltx2_tuner.lora.targets import adapts
@@ -51,7 +52,7 @@ def build_network(
         _move(network, transformer)
         network.apply_to(None, transformer, apply_text_encoder=False, apply_unet=True)
         if options.weights is not None:
-            logger.info("--network_weights: %s", network.load_weights(str(options.weights)))
+            _load_foreign(network, options)
     if isinstance(network, LoRANetwork):
         if start_values is not None:
             _start(network, options, start_values)
@@ -124,6 +125,22 @@ def _built_in(transformer: nn.Module, options: NetworkOptions, mode: str, seed: 
     _move(network, transformer)
     network.apply_to(None, transformer, apply_text_encoder=False, apply_unet=True)
     return network
+
+
+def _load_foreign(network: nn.Module, options: NetworkOptions) -> None:
+    """Start values for another network module, by its own reader.
+
+    Raises:
+        UserError: none of the file's tensors is one of the network's.
+    """
+    found, wanted = set(read_tensors(options.weights)[0]), set(network.state_dict())
+    if not found & wanted:
+        raise UserError(
+            f"--network_weights {options.weights}: none of its {len(found)} tensors belongs to this "
+            f"{options.module} network; give a file that it has saved with these --network_args"
+        )
+    network.load_weights(str(options.weights))
+    logger.info("--network_weights: %d of %d tensors from %s", len(found & wanted), len(wanted), options.weights)
 
 
 def _start(network: LoRANetwork, options: NetworkOptions, values: Mapping[str, tuple[Tensor, Tensor]]) -> None:

@@ -47,7 +47,7 @@ from ltx2_tuner.training.state import newest_state, remove_leftovers
 from ltx2_tuner.training.supervision import AudioMonitor, audio_plan
 from ltx2_tuner.training.upload import Uploader
 from ltx2_tuner.training.validation import Validator
-from ltx2_tuner.training.window import Gradients, mean_over_ranks
+from ltx2_tuner.training.window import Gradients, LossScaler, mean_over_ranks
 
 logger = logging.getLogger(__name__)
 _MIXED_PRECISION = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -167,7 +167,7 @@ def build(
         samples=config.samples,
         sampler=sampler,
         swapped=config.memory.blocks_to_swap or 0,
-        scaler=torch.amp.GradScaler(device.type) if config.mixed_precision == "fp16" else None,
+        scaler=LossScaler(device.type) if config.mixed_precision == "fp16" else None,
         regularizers=regularizers,
         before_samples=arrangement.release,
     )

@@ -94,6 +94,13 @@ class Gradients:
         torch._foreach_mul_(grads, factor)
 
 
+class LossScaler(torch.amp.GradScaler):
+    """torch's, which refuses gradients in fp16; those of --full_fp16 are meant to be."""
+
+    def _unscale_grads_(self, optimizer, inv_scale, found_inf, allow_fp16):
+        return super()._unscale_grads_(optimizer, inv_scale, found_inf, True)
+
+
 def fetch(
     batches: Sequence[MicroBatch], norms: torch.Tensor, bad: torch.Tensor, stop: torch.Tensor, extra: dict
 ) -> WindowValues:
