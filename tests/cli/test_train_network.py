@@ -252,6 +252,7 @@ def test_all_mistakes_come_at_once(space, capsys):
         (["--seed", -1], "leave it out for a random one"),
         (["--lr_scheduler", "polynomial", "--lr_scheduler_power", -1], "--lr_scheduler_power -1"),
         (["--lr_scheduler_type", "torch.optim.lr_scheduler.StepLR"], "step_size"),
+        (["--full_fp16", "--mixed_precision", "fp16"], "add --optimizer_args eps=1e-4"),
         (["--optimizer_args", "betas=0.9"], "correct --optimizer_args"),
         (["--log_tracker_config", "nowhere.toml"], "--log_tracker_config nowhere.toml: cannot be read as TOML"),
     ],

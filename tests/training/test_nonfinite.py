@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from ltx2_tuner.errors import UserError
 from ltx2_tuner.training.guard import LIMIT, NonFiniteGuard
 from ltx2_tuner.training.saving import check_finite
+from ltx2_tuner.training.window import LossScaler
 from tests.training.tiny import Clip, Recorder, make_trainer, write_workspace
 
 
@@ -118,3 +119,13 @@ def test_ten_in_a_row_are_counted_from_the_last_good_one():
 def test_infinite_values_count_as_bad():
     with pytest.raises(UserError, match="up"):
         check_finite({"up": torch.tensor([1.0, float("inf")])}, "the adapter")
+
+
+def test_an_overflow_in_half_precision_halves_the_scale_and_goes_on(tmp_path, checkpoint):
+    """A scale that is too large drops steps until it fits; it used to stay, and the second drop was a traceback."""
+    space = write_workspace(tmp_path, checkpoint)
+    trainer = make_trainer(space.arguments("--mixed_precision", "fp16", "--max_train_steps", 6))
+    trainer.run.scaler = LossScaler("cpu", init_scale=2.0**22)
+    trainer.train()
+    assert trainer.progress.step == 6 and 1 < trainer.run.guard.dropped < 10
+    assert trainer.run.scaler.get_scale() == 2.0 ** (22 - trainer.run.guard.dropped)

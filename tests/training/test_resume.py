@@ -137,10 +137,17 @@ def test_every_optimizer_resumes_bit_for_bit(tmp_path, checkpoint, package, name
     same_after_resume(tmp_path, checkpoint, name)
 
 
-def same_after_resume(tmp_path, checkpoint, optimizer: str) -> None:
+@pytest.mark.parametrize("flags", [(), ("--full_fp16", "--optimizer_args", "eps=1e-4")])
+def test_half_precision_resumes_bit_for_bit(tmp_path, checkpoint, flags):
+    same_after_resume(tmp_path, checkpoint, "AdamW", "--mixed_precision", "fp16", *flags)
+    state = read_json(tmp_path / "whole" / "tiny-state" / "resume_metadata.json")
+    assert state["scaler"] == read_json(tmp_path / "output" / "tiny-state" / "resume_metadata.json")["scaler"] != {}
+
+
+def same_after_resume(tmp_path, checkpoint, optimizer: str, *more: object) -> None:
     """Six steps, and three and three, end in the same adapter and optimizer."""
     space = write_workspace(tmp_path, checkpoint)
-    flags = ("--optimizer_type", optimizer, "--save_state", "--save_every_n_steps", 3, "--max_train_steps", 6)
+    flags = ("--optimizer_type", optimizer, "--save_state", "--save_every_n_steps", 3, "--max_train_steps", 6, *more)
     train(space.arguments(*flags))
     state = tmp_path / "state"
     shutil.move(space.output / "tiny-step00000003-state", state)

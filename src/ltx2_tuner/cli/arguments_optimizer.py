@@ -9,7 +9,7 @@ import os
 from ltx2_tuner.cli.key_values import parse_key_values
 from ltx2_tuner.errors import UserError
 from ltx2_tuner.lora.groups import parse_lr_args
-from ltx2_tuner.training.optimizers import DEFAULT_LEARNING_RATE, OptimizerOptions, check_optimizer
+from ltx2_tuner.training.optimizers import DEFAULT_LEARNING_RATE, OptimizerOptions, check_optimizer, optimizer_path
 from ltx2_tuner.training.schedulers import (
     SCHEDULERS,
     SchedulerOptions,
@@ -20,6 +20,8 @@ from ltx2_tuner.training.schedulers import (
 )
 
 logger = logging.getLogger(__name__)
+
+_EPS_TOO_SMALL = ("torch.optim.AdamW", "torch.optim.Adam")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -98,7 +100,10 @@ def optimizer_options(args: argparse.Namespace, errors: list[str]) -> OptimizerO
         lr_args=tuple(lr_args),
         max_grad_norm=args.max_grad_norm,
     )
-    errors += check_optimizer(options)
+    found = check_optimizer(options)
+    if args.full_fp16 and not found and "eps" not in options.args and optimizer_path(options.type) in _EPS_TOO_SMALL:
+        found.append(f"--full_fp16: {options.type}'s eps of 1e-8 is 0 in fp16; add --optimizer_args eps=1e-4")
+    errors += found
     if args.learning_rate is None and len(errors) == before:
         logger.warning("--learning_rate is not given: %g is used; 1e-4 is usual for LoRA", DEFAULT_LEARNING_RATE)
     return options

@@ -247,6 +247,8 @@ class Trainer:
             self._used_sigmas.setdefault("timestep/used_values_audio", []).extend(batch.audio_sigma)
         if self.run.guard.accept(values.finite, items):
             self._step(values, waiting, line)
+        elif self.run.scaler is not None and self.run.gradients.present:
+            self.run.scaler.update()  # which halves a scale that was too large
         self._zero_gradients()
         if values.stop:
             moment = Moment("interrupt", self.progress.step, self.progress.epoch)
