@@ -62,6 +62,16 @@ def test_autoresume_takes_the_newest_complete_state_of_this_name(tmp_path, check
     assert trainer.progress.step == 4
 
 
+def test_autoresume_passes_over_a_damaged_state(tmp_path, checkpoint, caplog):
+    space = write_workspace(tmp_path, checkpoint)
+    train(space.arguments("--save_state", "--save_every_n_steps", 2, "--max_train_steps", 6))
+    for name in ("tiny-state", "tiny-step00000006-state"):
+        path = space.output / name / "network.safetensors"
+        path.write_bytes(path.read_bytes()[:-1] + b"x")
+    assert make_trainer(space.arguments("--autoresume", "--max_train_steps", 6)).progress.step == 4
+    assert caplog.text.count("network.safetensors: missing or not what the state's manifest lists") == 2
+
+
 def test_autoresume_without_a_state_starts_from_scratch(tmp_path, checkpoint, caplog):
     space = write_workspace(tmp_path, checkpoint)
     with caplog.at_level("INFO"):

@@ -86,10 +86,7 @@ def load_state(folder: Path) -> State:
         UserError: no directory, no complete manifest, or a file that differs from it.
     """
     manifest = read_manifest(folder)
-    for name, expected in manifest["files"].items():
-        path = folder / name
-        if Path(name).name != name or not path.is_file() or _fingerprint(path) != expected:
-            raise UserError(f"{path}: missing or not what the state's manifest lists; resume from another state")
+    _check_files(folder, manifest)
     tensors = {}
     for name in manifest["files"]:
         if name.endswith(".safetensors"):
@@ -129,10 +126,19 @@ def read_manifest(folder: Path) -> dict:
     return manifest
 
 
+def _check_files(folder: Path, manifest: dict) -> None:
+    for name, expected in manifest["files"].items():
+        path = folder / name
+        if Path(name).name != name or not path.is_file() or _fingerprint(path) != expected:
+            raise UserError(f"{path}: missing or not what the state's manifest lists; resume from another state")
+
+
 def newest_state(output_dir: Path, output_name: str) -> Path | None:
-    """The complete state of this output name with the highest step (then the latest), None without one."""
-    best: tuple[int, str] | None = None
-    chosen = None
+    """The complete state of this output name with the highest step (then the latest), None without one.
+
+    A damaged one, as a failing disk leaves it, is named and passed over.
+    """
+    found: list[tuple[int, str, Path, dict]] = []
     for folder in sorted([*output_dir.glob("*-state"), *output_dir.glob(f".*-state{_ASIDE}")]):
         place = _place_of(folder)
         if not belongs_to(place.name, output_name) or (place != folder and place.exists()):
@@ -142,10 +148,15 @@ def newest_state(output_dir: Path, output_name: str) -> Path | None:
         except UserError as error:
             logger.warning("not resumed from: %s", error)
             continue
-        rank = (int(manifest["global_step"]), str(manifest["saved_at"]))
-        if best is None or rank > best:
-            best, chosen = rank, folder
-    return chosen
+        found.append((int(manifest["global_step"]), str(manifest["saved_at"]), folder, manifest))
+    for _, _, folder, manifest in sorted(found, key=lambda state: state[:2], reverse=True):
+        try:
+            _check_files(folder, manifest)
+        except UserError as error:
+            logger.warning("not resumed from: %s", error)
+            continue
+        return folder
+    return None
 
 
 def remove_leftovers(output_dir: Path, output_name: str) -> None:
