@@ -64,7 +64,7 @@ def test_training_and_sampling_alternate(tmp_path, checkpoint):
         def __init__(self):
             self.outputs = []
 
-        def sample(self, transformer, *, step, epoch, on_sample):
+        def sample(self, transformer, *, step, epoch, label, on_sample):
             batch = next(iter(trainer.run.data))
             prepared = trainer.run.mode.prepare(batch, ValidationDraws("x", 0, trainer.run.draws.sampler))
             first = prepared.run(transformer)

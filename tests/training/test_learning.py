@@ -91,7 +91,7 @@ def test_sampling_leaves_training_alone(tmp_path, checkpoint):
         def __init__(self) -> None:
             self.steps = []
 
-        def sample(self, transformer, *, step, epoch, on_sample):
+        def sample(self, transformer, *, step, epoch, label, on_sample):
             assert not transformer.training and not torch.is_grad_enabled()
             torch.randn(10)
             self.steps.append((step, epoch))
