@@ -73,29 +73,28 @@ def test_a_second_forward_before_the_first_backward_is_not_replayed() -> None:
         torch.testing.assert_close(parameter.grad, 2 * wanted, rtol=1e-3, atol=1e-4)
 
 
-def frozen(weights: str, count: int, *, recompute: bool, compiled: bool) -> tuple[LTXTransformer, LoRANetwork, object]:
-    """A model with `count` streamed blocks, and its recorder where it is compiled."""
+def frozen(weights: str, count: int, *, recompute: bool, graphs: bool) -> tuple[LTXTransformer, LoRANetwork, object]:
+    """A compiled model with `count` streamed blocks, and its recorder."""
     model, network = blocks.adapted(weights, "cuda", torch.bfloat16)
     options = MemoryOptions(blocks_to_swap=count, checkpointing=recompute)
-    compilation = CompileOptions(
-        enabled=compiled, backend="aot_eager"
-    )  # what is recorded; kernels are not the question
+    # What is recorded is the question here, not the kernels.
+    compilation = CompileOptions(enabled=True, backend="aot_eager")
     plan = prepare_model(model, options, compilation, torch.device("cuda"))
-    return model, network, accelerate(model, network, plan, torch.bfloat16, graphs=compiled)
+    return model, network, accelerate(model, network, plan, torch.bfloat16, graphs=graphs)
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("weights", ["dense", "fp8", "nf4"])
 def test_streamed_passes_are_recorded_with_their_copies(weights: str, recompute: bool) -> None:
-    model, network, _ = frozen(weights, 0, recompute=recompute, compiled=False)
-    expected = blocks.gradients(model, network, "cuda")
-    for count in (1, 2, blocks.BLOCKS - 1):
-        model, network, graphs = frozen(weights, count, recompute=recompute, compiled=True)
+    for count in (1, blocks.BLOCKS - 1):
+        model, network, _ = frozen(weights, count, recompute=recompute, graphs=False)
+        expected = [blocks.gradients(model, network, "cuda") for _ in range(2)][-1]
+        model, network, graphs = frozen(weights, count, recompute=recompute, graphs=True)
         for number in range(8):
             found = blocks.gradients(model, network, "cuda")
             for actual, wanted in zip(found, expected):
                 error = (actual.float() - wanted.float()).norm() / wanted.float().norm().clamp(min=1e-6)
-                assert error < 2e-2, (count, number)
+                assert error < 1e-2, (count, number)
             if number % 3 == 2:  # other passes leave other blocks in the ring
                 streams = {name: tiny.to(value, "cuda") for name, value in tiny.inputs(model.config).items()}
                 with torch.no_grad():

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from ltx2_tuner.memory.streaming import BlockStore, RingState
+from ltx2_tuner.memory.two_streams import TwoStreams
 from ltx2_tuner.models.transformer import LTXTransformer, Modality
-from ltx2_tuner.models.transformer.block import BasicAVTransformerBlock
 from ltx2_tuner.models.transformer.model import run_block
 from ltx2_tuner.models.transformer.perturbations import Perturbations
 
@@ -36,51 +36,8 @@ Velocities = tuple[Tensor | None, Tensor | None]
 WARM_UP = 2  # passes before the first recording: compilation and library set-up cannot be recorded
 WARM_UP_LATER = 1  # passes of any further shape
 _SPARE = 2**30  # bytes (or a quarter of what a pass needs) that stay free: validation cannot use what recordings hold
+_TOLERANCE = 1e-2  # between a recorded and an unrecorded pass, relative; attention gradients vary from run to run
 _PATIENCE = 4  # times a shape may push out the recordings of others before recording is given up
-
-
-class TwoStreams:
-    """A block runner that puts the sound stream's parts on a second CUDA stream; a block starts and ends on the first.
-
-    What one stream made and the other reads is held in `kept`, so that its memory is not given out again while the
-    other still reads: until the backward pass reaches the block before, where the streams meet.
-    """
-
-    recomputes = True
-
-    def __init__(self) -> None:
-        self.side = torch.cuda.Stream(priority=-1)
-        self.kept: dict[int, list[object]] = {}
-
-    def __call__(
-        self, block: BasicAVTransformerBlock, index: int, *arguments: object, recompute: bool = False
-    ) -> Velocities:
-        video, audio, video_inputs, audio_inputs, skips = arguments
-        if video is None or audio is None or skips is not None or not (video_inputs.updated and audio_inputs.updated):
-            return run_block(block, index, *arguments, recompute=recompute)
-        main, side = torch.cuda.current_stream(), self.side
-        side.wait_stream(main)
-        with torch.cuda.stream(side):
-            audio = block.open_audio(audio, audio_inputs, None, recompute=recompute)
-        video = block.open_video(video, video_inputs, None, recompute=recompute)
-        opened = (video, audio)
-        side.wait_stream(main)
-        main.wait_stream(side)
-        with torch.cuda.stream(side):
-            audio = block.close_audio(*opened[::-1], audio_inputs, video_inputs, None, recompute=recompute)
-        video = block.close_video(*opened, video_inputs, audio_inputs, None, recompute=recompute)
-        main.wait_stream(side)
-        self.kept[index] = [arguments, opened, (video, audio)]
-        if video.requires_grad:
-            video.register_hook(lambda _: self._enter_backward(index, main))
-        return video, audio
-
-    def _enter_backward(self, index: int, main: torch.cuda.Stream) -> None:
-        """Before the backward pass of a block: later ones are done with what was kept for them."""
-        self.side.wait_stream(main)
-        main.wait_stream(self.side)
-        for later in [other for other in self.kept if other > index]:
-            del self.kept[later]
 
 
 class Copies(Protocol):
@@ -218,12 +175,13 @@ class TrainingGraphs:
             self._give_up("the memory is too small for the passes of all shapes")
 
     def _give_up(self, reason: str) -> None:
-        logger.info("training runs without CUDA graphs: %s", reason)
+        logger.warning("training runs without CUDA graphs: %s", reason)
         self.release()
         self.pool = None
 
     def _record(self, key: Hashable, streams: Streams) -> bool:
         """Record a pass; False (and never again for this shape) where memory is short."""
+        self._keep_gradients()
         gc.collect()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # the passes run so far hold memory of their own that the recording will need
@@ -237,25 +195,63 @@ class TrainingGraphs:
             )
             self.refused.add(key)
             return False
-        before = torch.cuda.memory_reserved()
         try:
+            expected = self._unrecorded(streams)
+            torch.cuda.empty_cache()
+            before = torch.cuda.memory_reserved()
             with self.copies.recorded() as leaves:
                 self.recordings[key] = self._recorded(streams, leaves)
             self.held += torch.cuda.memory_reserved() - before
+            self._check(self.recordings[key], expected)
         except torch.OutOfMemoryError as error:
             logger.info("a batch shape runs without a CUDA graph: %s", str(error).splitlines()[0])
             self.refused.add(key)
             self.release()
         except RuntimeError as error:
             logger.debug("recording failed", exc_info=True)
+            self._clean_up()
             self._give_up(str(error).splitlines()[0])
         finally:
-            self.two_streams.kept.clear()
-            self.model.block_runner = self.runner
-            if self.store is not None:
-                self.store.run = run_block
-                self.store.empty_ring()
+            self._clean_up()
         return key in self.recordings
+
+    def _clean_up(self) -> None:
+        """After a recording: the model runs its blocks as before."""
+        self.two_streams.kept.clear()
+        self.model.block_runner = self.runner
+        if self.store is not None:
+            self.store.run = run_block
+            self.store.empty_ring()
+
+    def _unrecorded(self, streams: Streams) -> list[Tensor]:
+        """Velocities of a pass and the gradients they give when they are their own gradient, on the host."""
+        with self.copies.recorded() as leaves:
+            present = [velocity for velocity in self.eager(*streams) if velocity is not None]
+            found = torch.autograd.grad(present, leaves, present, allow_unused=True)
+            results = present + [gradient for _, gradient in self.copies.of_masters(found)]
+            return [result.detach().float().cpu() for result in results]
+
+    def _check(self, recording: _Recording, expected: Sequence[Tensor]) -> None:
+        """Replay a new recording twice (the ring starts empty, then full) on the inputs it was made with.
+
+        Raises:
+            RuntimeError: it does not give what the same pass gave unrecorded.
+        """
+        self._clean_up()
+        for _ in range(2):
+            self.replay(recording, 0)
+            present = [velocity for velocity in recording.velocities if velocity is not None]
+            results = [velocity.detach().float().cpu() for velocity in present]
+            for gradient, velocity in zip((g for g in recording.gradients if g is not None), present):
+                gradient.copy_(velocity)
+            self.replay(recording, 1)
+            results += [gradient.float().cpu() for gradient in recording.found.values()]
+            count = len(present)
+            for found, wanted in ((results[:count], expected[:count]), (results[count:], expected[count:])):
+                off = sum(float((pair[0] - pair[1]).square().sum()) for pair in zip(found, wanted))
+                size = sum(float(tensor.square().sum()) for tensor in wanted)
+                if len(found) != len(wanted) or not off <= _TOLERANCE**2 * size:
+                    raise RuntimeError("a recorded pass gave other numbers than the same pass unrecorded")
 
     def _recorded(self, streams: Streams, leaves: list[Tensor]) -> _Recording:
         recording = _Recording(tuple(None if modality is None else _copied(modality) for modality in streams))

@@ -1,0 +1,53 @@
+"""The sound stream's kernels beside the picture's, on a CUDA stream of their own."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ltx2_tuner.models.transformer.block import BasicAVTransformerBlock
+from ltx2_tuner.models.transformer.model import run_block
+
+
+class TwoStreams:
+    """A block runner that puts the sound stream's parts on a second CUDA stream; a block starts and ends on the first.
+
+    What one stream made and the other reads is held in `kept`, so that its memory is not given out again while the
+    other still reads: until the backward pass reaches the block before, where the streams meet.
+    """
+
+    recomputes = True
+
+    def __init__(self) -> None:
+        self.side = torch.cuda.Stream(priority=-1)
+        self.kept: dict[int, list[object]] = {}
+
+    def __call__(
+        self, block: BasicAVTransformerBlock, index: int, *arguments: object, recompute: bool = False
+    ) -> tuple[Tensor | None, Tensor | None]:
+        video, audio, video_inputs, audio_inputs, skips = arguments
+        if video is None or audio is None or skips is not None or not (video_inputs.updated and audio_inputs.updated):
+            return run_block(block, index, *arguments, recompute=recompute)
+        main, side = torch.cuda.current_stream(), self.side
+        side.wait_stream(main)
+        with torch.cuda.stream(side):
+            audio = block.open_audio(audio, audio_inputs, None, recompute=recompute)
+        video = block.open_video(video, video_inputs, None, recompute=recompute)
+        opened = (video, audio)
+        side.wait_stream(main)
+        main.wait_stream(side)
+        with torch.cuda.stream(side):
+            audio = block.close_audio(*opened[::-1], audio_inputs, video_inputs, None, recompute=recompute)
+        video = block.close_video(*opened, video_inputs, audio_inputs, None, recompute=recompute)
+        main.wait_stream(side)
+        self.kept[index] = [arguments, opened, (video, audio)]
+        if video.requires_grad:
+            video.register_hook(lambda _: self._enter_backward(index, main))
+        return video, audio
+
+    def _enter_backward(self, index: int, main: torch.cuda.Stream) -> None:
+        """Before the backward pass of a block: later ones are done with what was kept for them."""
+        self.side.wait_stream(main)
+        main.wait_stream(self.side)
+        for later in [other for other in self.kept if other > index]:
+            del self.kept[later]
