@@ -32,7 +32,7 @@ class OneSided:
     def __init__(self, rank: int) -> None:
         self.rank, self.trainer, self.passes = rank, None, 0
 
-    def sample(self, transformer, *, step, epoch, on_sample):
+    def sample(self, transformer, *, step, epoch, label, on_sample):
         run = self.trainer.run
         for _ in range(5 if self.rank == 0 else 0):
             run.mode.prepare(self.trainer._recent, ValidationDraws("x", 0, run.draws.sampler)).run(transformer)
