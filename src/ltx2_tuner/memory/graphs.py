@@ -209,7 +209,6 @@ class TrainingGraphs:
             self.release()
         except RuntimeError as error:
             logger.debug("recording failed", exc_info=True)
-            self._clean_up()
             self._give_up(str(error).splitlines()[0])
         finally:
             self._clean_up()
