@@ -38,6 +38,12 @@ def sharded(weights: str, device: torch.device, ring: int, recompute: bool):
     return model, network, plan.store
 
 
+@torch.no_grad()
+def outputs(model, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """Velocities of a pass without gradients, which may use other kernels."""
+    return model(**{name: tiny.to(value, device.type) for name, value in tiny.inputs(model.config).items()})
+
+
 def compare(weights: str, device: torch.device) -> None:
     """Passes of a sharded model against those of a whole one; rank 1 runs more of them, and others."""
     rank = torch.distributed.get_rank()
@@ -45,16 +51,12 @@ def compare(weights: str, device: torch.device) -> None:
         model, network = adapted(weights, device.type, torch.float32 if device.type == "cpu" else torch.bfloat16)
         total = sum(layout(block)[1] for block in model.transformer_blocks)
         model.enable_gradient_checkpointing(recompute)
-        expected = gradients(model, network, device.type)
+        expected, without = gradients(model, network, device.type), outputs(model, device)
         model, network, store = sharded(weights, device, ring, recompute)
         for _ in range(1 + 3 * rank):
             found = gradients(model, network, device.type)
             assert all(torch.equal(*pair) for pair in zip(found, expected)), (weights, recompute, ring)
-            with torch.no_grad():
-                outputs = model(
-                    **{name: tiny.to(value, device.type) for name, value in tiny.inputs(model.config).items()}
-                )
-            assert all(torch.equal(*pair) for pair in zip(outputs, expected))
+            assert all(torch.equal(*pair) for pair in zip(outputs(model, device), without))
         assert abs(store.shard_bytes - total / 2) <= 256 * BLOCKS and store.host_bytes == 0
         assert store.device_bytes == ring * total // BLOCKS
         torch.distributed.barrier()

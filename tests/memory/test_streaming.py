@@ -115,3 +115,19 @@ def test_compiled_blocks_see_the_weights_that_are_there_in_the_backward_pass(wei
     for _ in range(2):
         for found, wanted in zip(gradients(model, network), expected):
             torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
+
+
+def test_free_slots_take_the_blocks_that_come_next():
+    model, _ = adapted("dense")
+    store = BlockStore(model.transformer_blocks, (0, 1, 3), torch.device("cpu"), ring=2)
+
+    def held(index, direction):
+        store.acquire(index, direction)
+        return {slot.holds for slot in store._slots}
+
+    assert held(0, 1) == {0, 1}
+    assert held(1, 1) == {1, 3}
+    assert held(2, 1) == {1, 3}, "the pass ends behind 3; the way back begins with it"
+    assert held(3, 1) == {1, 3}
+    assert held(3, -1) == {1, 3}
+    assert held(2, -1) == {0, 1}, "block 2 lies on the device and leaves both slots to others"

@@ -110,6 +110,21 @@ def test_first_frames_are_conditioned_as_often_as_asked():
     assert torch.cat(draws).float().mean().item() == pytest.approx(0.3, abs=0.03)
 
 
+@torch.no_grad()
+def test_batches_with_and_without_clean_frames_are_alike_in_form(model):
+    """A compiled or recorded pass then serves both; and the form changes no result."""
+    mode, forms = VideoMode(OPTIONS, CPU), set()
+    for index in range(20):
+        prepared = mode.prepare(make_batch(), make_draws(index, first_frame_p=0.2))
+        forms.add((bool(prepared.video_task.clean.any()), prepared.video.timesteps.shape))
+        if not prepared.video_task.clean.any():
+            plain = mode.prepare(make_batch(), make_draws(index))
+            assert plain.video.timestep_index is None
+            assert torch.equal(prepared.video.latent, plain.video.latent)
+            torch.testing.assert_close(prepared.run(model)[0], plain.run(model)[0], rtol=1e-5, atol=1e-5)
+    assert forms == {(True, (2, 2)), (False, (2, 2))}
+
+
 def test_conditioning_does_not_shift_other_draws():
     plain = VideoMode(OPTIONS, CPU).prepare(make_batch(), make_draws())
     changed = VideoMode(OPTIONS, CPU).prepare(make_batch(), make_draws(first_frame_p=0.5, caption_dropout_rate=0.5))

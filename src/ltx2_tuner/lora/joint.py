@@ -10,7 +10,7 @@ T tokens, n adapters of a group, r rank.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -236,23 +236,21 @@ def _views(flat: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
     return result
 
 
-def join_adapters(
-    model: LTXTransformer, network: LoRANetwork, dtype: torch.dtype, streamed: Collection[int] = ()
-) -> WorkingCopies:
+def join_adapters(model: LTXTransformer, network: LoRANetwork, dtype: torch.dtype, stays: bool = True) -> WorkingCopies:
     """Make an attached network fast: joint projections in all attentions, working copies of its adapters.
 
     The model's `before_blocks` makes the copies from now on. Call it once, when the weights are where they will stay.
 
     Args:
         dtype: what adapters multiply in.
-        streamed: blocks whose weights move between host and device: these stay apart, their adapters are joined.
+        stays: False where weights move between host and device: these stay apart, their adapters are joined.
     """
     groups, grouped = [], set()
-    for index, block in enumerate(model.transformer_blocks):
+    for block in model.transformer_blocks:
         for name in ATTENTION_TARGETS["all"]:
             if hasattr(block, name):
                 attention = getattr(block, name)
-                projection = JointProjection(attention, name in ATTENTION_TARGETS["self"], index not in streamed)
+                projection = JointProjection(attention, name in ATTENTION_TARGETS["self"], stays)
                 attention.project = projection
                 group = projection.joint.group
                 if group is not None:

@@ -123,6 +123,7 @@ def _compile(model: LTXTransformer, options: CompileOptions, device: torch.devic
     wanted = compiler_works(device) if options.enabled is None else options.enabled
     if options.enabled is None and device.type == "cuda" and not wanted:
         logger.info("no compiler back end (Triton) here: blocks are not compiled")
+    model.blocks_alike = wanted
     if wanted:
         compile_blocks(
             model.transformer_blocks,

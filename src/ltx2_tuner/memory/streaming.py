@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import mmap
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -97,7 +98,9 @@ class BlockStore:
         self._wants_pin = device.type == "cuda" and pinned is not False
         self._pieces: dict[int, list[_Piece]] = {}
         self._host: dict[int, Tensor] = {}
-        self._locked: set[int] = set()
+        self._locked: dict[int, int] = {}  # block index -> address of its page-locked memory
+        # Memory that is freed while CUDA holds it for locked is trouble for whoever gets its addresses next.
+        weakref.finalize(self, _unlock_all, self._locked).atexit = False
         layouts = {index: layout(blocks[index]) for index in self.streamed}
         size = max(total for _, total in layouts.values())
         # The ring is reserved first: near-full memory shows at the start, not at some later step.
@@ -113,7 +116,7 @@ class BlockStore:
     @property
     def recordable(self) -> bool:
         """Whether passes may be recorded as CUDA graphs: copies out of memory that is not page-locked cannot be."""
-        return self._copies is not None and self._locked.issuperset(self.streamed)
+        return self._copies is not None and self._locked.keys() >= set(self.streamed)
 
     @contextlib.contextmanager
     def recording(self, state: RingState, *readers: torch.cuda.Stream) -> Iterator[None]:
@@ -196,10 +199,13 @@ class BlockStore:
         return outputs
 
     def acquire(self, index: int, direction: int) -> None:
-        """Have a block on the device and start copying the next streamed one (`direction` 1 or -1)."""
+        """Have a block on the device, and copy as many of the next streamed ones as slots are free (`direction` ±1)."""
         self._direction, self._last = direction, index
+        free = len(self._slots)
+        needed = {index}
         if index in self._pieces:
-            slot = self._slot_with(index) or self._fetch(index, keep=None)
+            free -= 1
+            slot = self._slot_with(index) or self._fetch(index, set())
             if slot.ready is not None:
                 for stream in self._computing():
                     stream.wait_event(slot.ready)
@@ -207,20 +213,18 @@ class BlockStore:
             # Most recently used comes last.
             self._slots.remove(slot)
             self._slots.append(slot)
-        following = self._following(index, direction)
-        if following is not None and len(self._slots) > 1 and self._slot_with(following) is None:
-            self._fetch(following, keep=index)
-
-    def _following(self, index: int, direction: int) -> int | None:
-        ahead = [other for other in self.streamed if (other - index) * direction > 0]
-        return min(ahead, key=lambda other: abs(other - index), default=None)
+        ahead = sorted((other for other in self.streamed if (other - index) * direction > 0), key=direction.__mul__)
+        for following in ahead[:free]:
+            needed.add(following)
+            if self._slot_with(following) is None:
+                self._fetch(following, needed)
 
     def _slot_with(self, index: int) -> _Slot | None:
         return next((slot for slot in self._slots if slot.holds == index), None)
 
-    def _fetch(self, index: int, keep: int | None) -> _Slot:
-        """Copy a block into the slot that was used longest ago, but not into that of `keep`."""
-        slot = next(slot for slot in self._slots if slot.holds is None or slot.holds != keep)
+    def _fetch(self, index: int, needed: set[int]) -> _Slot:
+        """Copy a block into the slot that was used longest ago and holds none of the `needed` blocks."""
+        slot = next(slot for slot in self._slots if slot.holds not in needed)
         self._fetch_into(slot, index)
         return slot
 
@@ -280,7 +284,7 @@ class BlockStore:
             tensors.setdefault(piece.layer, {})[piece.name] = piece.view(host).to(self.device, copy=True)
         for layer, found in tensors.items():
             layer.rebind(found)
-        self._unlock(index, host)
+        self._unlock(index)
 
     def _lock(self, index: int, host: Tensor) -> None:
         """Page-lock a buffer in place (torch's own allocator would round its size up to a power of two)."""
@@ -288,7 +292,7 @@ class BlockStore:
             return
         status = int(torch.cuda.cudart().cudaHostRegister(host.data_ptr(), host.numel(), 0))
         if status == 0:
-            self._locked.add(index)
+            self._locked[index] = host.data_ptr()
             return
         self._wants_pin = False
         with contextlib.suppress(RuntimeError):
@@ -305,18 +309,23 @@ class BlockStore:
             status,
         )
 
-    def _unlock(self, index: int, host: Tensor) -> None:
-        if index in self._locked:
-            self._locked.discard(index)
-            torch.cuda.cudart().cudaHostUnregister(host.data_ptr())
+    def _unlock(self, index: int) -> None:
+        address = self._locked.pop(index, None)
+        if address is not None:
+            torch.cuda.cudart().cudaHostUnregister(address)
 
     def close(self) -> None:
         """Release page locks; the store cannot be used afterwards."""
-        if self._copies is not None:
-            self._copies.synchronize()
-        for index, host in self._host.items():
-            self._unlock(index, host)
+        _unlock_all(self._locked)
         self._host.clear()
+
+
+def _unlock_all(locked: dict[int, int]) -> None:
+    """Release page locks when nothing copies out of the memory any more."""
+    if locked:
+        torch.cuda.synchronize()
+    while locked:
+        torch.cuda.cudart().cudaHostUnregister(locked.popitem()[1])
 
 
 def _host_memory(size: int) -> Tensor:

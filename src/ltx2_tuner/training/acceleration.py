@@ -37,8 +37,8 @@ def accelerate(
     """
     if not isinstance(network, LoRANetwork):
         return None
-    moving = range(len(model.transformer_blocks)) if not stays else plan.store.streamed if plan.store else ()
-    copies = join_adapters(model, network, dtype, moving)
+    # With some weights joined and others, which move, apart, everything would be compiled twice.
+    copies = join_adapters(model, network, dtype, stays=stays and plan.store is None)
     on_cuda = next(network.parameters()).is_cuda
     streamable = plan.store is None or plan.store.recordable
     if not (graphs and on_cuda and plan.compiled and streamable and not network.has_dropout):

@@ -18,8 +18,8 @@ class Draws(Protocol):
     def caption_dropout(self, count: int) -> torch.Tensor:
         """(B,) bool: samples whose text is dropped."""
 
-    def first_frame(self, count: int) -> torch.Tensor:
-        """(B,) bool: samples whose first latent frame stays clean."""
+    def first_frame(self, count: int) -> torch.Tensor | None:
+        """(B,) bool: samples whose first latent frame stays clean; None where that never happens."""
 
     def sigma(self, tokens: torch.Tensor, buckets: torch.Tensor | None = None) -> torch.Tensor:
         """(B,) float32 noise levels for samples of `tokens` (B,) tokens."""
@@ -55,8 +55,8 @@ class TrainingDraws:
     def caption_dropout(self, count: int) -> torch.Tensor:
         return self._decide(count, self._caption_dropout_rate)
 
-    def first_frame(self, count: int) -> torch.Tensor:
-        return self._decide(count, self._first_frame_p)
+    def first_frame(self, count: int) -> torch.Tensor | None:
+        return self._decide(count, self._first_frame_p) if self._first_frame_p > 0 else None
 
     def _decide(self, count: int, probability: float) -> torch.Tensor:
         if probability <= 0:
@@ -107,8 +107,8 @@ class ValidationDraws:
     def caption_dropout(self, count: int) -> torch.Tensor:
         return torch.zeros(count, dtype=torch.bool)
 
-    def first_frame(self, count: int) -> torch.Tensor:
-        return torch.zeros(count, dtype=torch.bool)
+    def first_frame(self, count: int) -> None:
+        return None
 
     def sigma(self, tokens: torch.Tensor, buckets: torch.Tensor | None = None) -> torch.Tensor:
         return self.audio_sigma(tokens)

@@ -89,6 +89,8 @@ class LTXTransformer(nn.Module):
             has an attribute `recomputes` that is true, then it is called once, with `recompute=True`.
         before_blocks: None, or called before the first block of every pass.
         block_outputs: None, or called with `(index, video, audio)`, the hidden states after each block.
+        blocks_alike: True has the first block compute a gradient of its inputs, which nobody needs, as all others do:
+            compiled code then serves all of them.
     """
 
     def __init__(self, config: TransformerConfig, variant: str = "av") -> None:
@@ -108,6 +110,7 @@ class LTXTransformer(nn.Module):
         self.block_runner: BlockRunner = run_block
         self.before_blocks: Callable[[], None] | None = None
         self.block_outputs: Callable[[int, Tensor | None, Tensor | None], None] | None = None
+        self.blocks_alike = False
         self._checkpointed: frozenset[int] = frozenset()
         self._saved_inputs: Callable[[], AbstractContextManager] = nullcontext
 
@@ -234,6 +237,9 @@ class LTXTransformer(nn.Module):
         first = video if video is not None else audio
         if self.before_blocks is not None:
             self.before_blocks()
+        if self.blocks_alike and torch.is_grad_enabled():
+            for states in hidden.values():
+                states.requires_grad_()
         # A block that recomputes itself is compiled with its recomputation, which is faster than recomputing around it.
         by_itself = getattr(self.block_runner, "recomputes", False) and self._saved_inputs is nullcontext
         for index, block in enumerate(self.transformer_blocks):

@@ -36,11 +36,10 @@ class TextSliderMode:
         """The class prompt at x = sigma * noise; its target is the plain velocity until `passes` replaces it."""
         latents = batch["latents"]["latents"]  # (B, C, F, H, W), zeros
         count = len(latents)
-        never = torch.zeros(count, dtype=torch.bool)
-        text = batch_text(batch, never)
+        text = batch_text(batch, torch.zeros(count, dtype=torch.bool))
         sigma = draws.sigma(video_tokens(latents))
         noise = draws.noise((count, latents[0, 0].numel(), latents.shape[1]))
-        task = video_task(latents, batch_fps(batch, count), sigma, noise, never)
+        task = video_task(latents, batch_fps(batch, count), sigma, noise, first_frame=None)
         return Prepared(
             video=self.compute.modality(task, text.video, text.mask),
             audio=None,

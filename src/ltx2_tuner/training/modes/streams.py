@@ -51,19 +51,24 @@ class StreamTask:
 
 
 def video_task(
-    latents: torch.Tensor, fps: torch.Tensor, sigma: torch.Tensor, noise: torch.Tensor, first_frame: torch.Tensor
+    latents: torch.Tensor,
+    fps: torch.Tensor,
+    sigma: torch.Tensor,
+    noise: torch.Tensor,
+    first_frame: torch.Tensor | None,
 ) -> StreamTask:
     """The picture stream of latents (B, C, F, H, W).
 
     fps (B,); sigma (B,) on the CPU; noise (B, T, C) on the compute device; first_frame (B,) bool on the CPU: samples
-    whose first latent frame is given clean (no effect on single frames).
+    whose first latent frame is given clean (no effect on single frames), None where that is never done. Where it may
+    be done, all batches are alike in form: a compiled pass serves those with and without clean tokens.
     """
     batch, _, frames, height, width = latents.shape
     device = noise.device
     tokens = patchify_video(latents.to(device, torch.float32))  # (B, T, C)
     levels = sigma.to(device)[:, None]  # (B, 1)
     clean = None
-    if frames > 1 and first_frame.any():
+    if frames > 1 and first_frame is not None:
         clean = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=device)
         clean[:, : height * width] = first_frame.to(device)[:, None]
         levels = levels * ~clean  # (B, T)
