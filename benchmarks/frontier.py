@@ -1,6 +1,7 @@
 """Seconds of a training step against a budget of device memory, at full size, with the planner choosing.
 
-Each budget is a process of its own under the allocator's limit; one JSON line each. Then `--draw` makes the picture.
+A process for each precision, which goes through the budgets under the allocator's limit; one JSON line each. Then
+`--draw` makes the picture.
 
 python benchmarks/frontier.py --budgets 8 12 16 24 32 48 80 140 --precisions bf16 fp8 nf4 > frontier.jsonl
 python benchmarks/frontier.py --draw frontier.jsonl docs/frontier.png
@@ -10,6 +11,7 @@ python benchmarks/frontier.py --budgets 24 --precisions fp8 -- --lora_dtype bflo
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import math
 import subprocess
@@ -80,6 +82,7 @@ def measure(args: argparse.Namespace, budget_gb: float) -> dict[str, object]:
     """One point; `sec` is None where nothing fits the budget."""
     device = torch.device(args.device)
     on_cuda = device.type == "cuda"
+    _clear(device)
     if on_cuda:
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, max(budget_gb * GB - CONTEXT, 0) / total), device)
@@ -93,10 +96,16 @@ def measure(args: argparse.Namespace, budget_gb: float) -> dict[str, object]:
             return _line(args, budget_gb, plan, seconds, failures)
         failures += 1
         plan = plan.tighter()
-        if on_cuda:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(device)
+        _clear(device)
     return _line(args, budget_gb, None, None, failures)
+
+
+def _clear(device: torch.device) -> None:
+    """Free what the last step left."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def _attempt(args: argparse.Namespace, device: torch.device, plan: Plan) -> float | None:
@@ -175,7 +184,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--budgets", type=float, nargs="+", default=[8, 12, 16, 24, 32, 48, 80, 140], help="GB")
     parser.add_argument("--precisions", nargs="+", default=["bf16", "fp8", "nf4"])
     parser.add_argument("--draw", nargs=2, metavar=("LINES", "PICTURE"))
-    parser.add_argument("--here", action="store_true", help="in this process: one budget, one precision")
+    parser.add_argument("--here", action="store_true", help="in this process")
     parser.add_argument("more", nargs="*", help="flags of train_step.py, after --")
     args = parser.parse_args(argv)
     if args.draw:
@@ -183,12 +192,13 @@ def main(argv: list[str] | None = None) -> int:
         draw([json.loads(line) for line in text.splitlines() if line.startswith("{")], Path(args.draw[1]))
         return 0
     for precision in args.precisions:
-        for budget in args.budgets:
-            if args.here:
-                print(json.dumps(measure(_step_arguments(precision, args.more), budget)), flush=True)
-                continue
-            place = ["--here", "--budgets", str(budget), "--precisions", precision, "--", *args.more]
+        if not args.here:
+            budgets = ["--budgets", *map(str, args.budgets)]
+            place = ["--here", *budgets, "--precisions", precision, "--", *args.more]
             subprocess.run([sys.executable, __file__, *place], check=False)
+            continue
+        for budget in args.budgets:
+            print(json.dumps(measure(_step_arguments(precision, args.more), budget)), flush=True)
     return 0
 
 
