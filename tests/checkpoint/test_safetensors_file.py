@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import random
 import struct
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -145,6 +147,35 @@ def test_a_file_cut_after_opening_is_noticed(path):
     with pytest.raises(UserError, match="ended while it was read"):
         for name in file.tensors:
             file.read(name)
+
+
+def test_threads_read_at_the_same_time(tmp_path):
+    tensors = {str(number): torch.full((1 << 18,), number, dtype=torch.int32) for number in range(6)}
+    write_safetensors(tmp_path / "a.safetensors", tensors)
+    together = threading.Barrier(len(tensors))
+
+    def read(name: str) -> list[torch.Tensor]:
+        together.wait(10)
+        return [file.read(name) for _ in range(20)]
+
+    with SafetensorsFile(tmp_path / "a.safetensors") as file, ThreadPoolExecutor(len(tensors)) as threads:
+        for name, found in zip(tensors, threads.map(read, tensors)):
+            assert all(torch.equal(tensor, tensors[name]) for tensor in found)
+
+
+def test_a_file_is_opened_again_only_while_it_is_the_same(path, tensors):
+    """As threads do that read at the same time."""
+    file = SafetensorsFile(path)
+    file.close()
+    assert torch.equal(file.read("c.scale"), tensors["c.scale"])
+    file.close()
+    path.rename(path.with_name("old"))
+    write_safetensors(path, tensors)
+    with pytest.raises(UserError, match="was replaced while it was read"):
+        file.read("c.scale")
+    path.unlink()
+    with pytest.raises(UserError, match="cannot be read"):
+        file.read("c.scale")
 
 
 @pytest.mark.gpu

@@ -1,7 +1,8 @@
 """Reading safetensors files: a strict header check, then plain reads of single tensors.
 
-Nothing is memory-mapped and nothing is kept: a 40 GB checkpoint costs the host the tensor that is being read. Tensors
-that live on a CUDA device pass through two pinned staging buffers, so that reading and copying overlap.
+Nothing is memory-mapped and nothing is kept: a 40 GB checkpoint costs the host the tensors that are being read. Tensors
+that live on a CUDA device pass through two pinned staging buffers, so that reading and copying overlap. Threads may
+read at the same time: each has a file handle and buffers of its own for that while.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import contextlib
 import json
 import math
 import os
-import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -21,7 +22,7 @@ from ltx2_tuner.errors import UserError
 from ltx2_tuner.files import SAFETENSORS_DTYPES
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the format
-STAGING_BYTES = 64 << 20
+STAGING_BYTES = 8 << 20  # of each buffer; a thread that reads has two
 
 
 @dataclass(frozen=True)
@@ -52,18 +53,19 @@ class SafetensorsFile:
 
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = Path(path)
-        self._lock = threading.Lock()
-        self._staging: _PinnedStaging | None = None
+        self._idle: list[_Reader] = []  # readers that no thread uses right now
         try:
-            self._file: BinaryIO = open(self.path, "rb", buffering=0)  # noqa: SIM115 (closed by close)
+            reader = _Reader(open(self.path, "rb", buffering=0))  # noqa: SIM115 (closed by close)
         except FileNotFoundError:
             raise UserError(f"{self.path}: no such file; check the path") from None
         except OSError as error:
             raise UserError(f"{self.path}: cannot be opened ({error.strerror}); give a .safetensors file") from error
+        self._opened = os.fstat(reader.file.fileno())
+        self._idle.append(reader)
         try:
             self.metadata, self.tensors = self._parse_header()
         except BaseException:
-            self._file.close()
+            self.close()
             raise
 
     def __enter__(self) -> SafetensorsFile:
@@ -74,36 +76,34 @@ class SafetensorsFile:
 
     def __del__(self) -> None:
         with contextlib.suppress(AttributeError):
-            self._file.close()
+            self.close()
 
     def close(self) -> None:
-        """Close the file and drop the staging buffers."""
-        self._file.close()
-        self._staging = None
+        """Close the file and drop the staging buffers; what is read later opens it again."""
+        while self._idle:
+            self._idle.pop().file.close()
 
     def read(self, name: str, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> torch.Tensor:
         """The tensor `name`, on `device`, cast to `dtype` there when one is given.
 
         Raises:
             KeyError: no such tensor.
-            UserError: the file became shorter since it was opened.
+            UserError: the file became shorter since it was opened, or is another one now.
         """
         entry = self.tensors[name]
         device = torch.device(device)
         if device.type == "meta":
             return torch.empty(entry.shape, dtype=dtype or entry.dtype, device=device)
         raw = torch.empty(entry.nbytes, dtype=torch.uint8, device=device)
-        if device.type == "cuda":
-            with self._lock:
-                if self._staging is None:
-                    self._staging = _PinnedStaging(device)
-                self._staging.fill(raw, lambda offset, view: self._read_into(entry.start + offset, view))
-        else:
-            host = raw if device.type == "cpu" else torch.empty(entry.nbytes, dtype=torch.uint8)
-            with self._lock:
-                self._read_into(entry.start, memoryview(host.numpy()))
-            if host is not raw:
-                raw.copy_(host)
+        with self._reader() as reader:
+            if device.type == "cuda":
+                reader.staging = reader.staging or _PinnedStaging(device)
+                reader.staging.fill(raw, lambda offset, view: self._read_into(reader, entry.start + offset, view))
+            else:
+                host = raw if device.type == "cpu" else torch.empty(entry.nbytes, dtype=torch.uint8)
+                self._read_into(reader, entry.start, memoryview(host.numpy()))
+                if host is not raw:
+                    raw.copy_(host)
         tensor = raw.view(entry.dtype).reshape(entry.shape)
         return tensor if dtype is None else tensor.to(dtype)
 
@@ -112,17 +112,43 @@ class SafetensorsFile:
         entry = self.tensors[name]
         first = min(entry.start + start, entry.end)
         buffer = bytearray(max(min(length, entry.end - first), 0))
-        with self._lock:
-            self._read_into(first, memoryview(buffer))
+        with self._reader() as reader:
+            self._read_into(reader, first, memoryview(buffer))
         return bytes(buffer)
 
-    def _read_into(self, position: int, view: memoryview) -> None:
+    @contextlib.contextmanager
+    def _reader(self) -> Iterator[_Reader]:
+        """A reader for this thread alone; another one is opened where all are in use.
+
+        Raises:
+            UserError: the path leads to another file than before.
+        """
+        try:
+            reader = self._idle.pop()
+        except IndexError:
+            reader = self._another()
+        try:
+            yield reader
+        finally:
+            self._idle.append(reader)
+
+    def _another(self) -> _Reader:
+        try:
+            reader = _Reader(open(self.path, "rb", buffering=0))  # noqa: SIM115 (closed by close)
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be read ({error.strerror}); check the disk") from error
+        if not os.path.samestat(self._opened, os.fstat(reader.file.fileno())):
+            reader.file.close()
+            raise UserError(f"{self.path}: was replaced while it was read; start again")
+        return reader
+
+    def _read_into(self, reader: _Reader, position: int, view: memoryview) -> None:
         """Fill `view` from the byte `position` of the file on."""
         try:
-            self._file.seek(position)
+            reader.file.seek(position)
             done = 0
             while done < len(view):
-                count = self._file.readinto(view[done:])
+                count = reader.file.readinto(view[done:])
                 if not count:
                     raise UserError(f"{self.path}: ended while it was read; copy or download it again")
                 done += count
@@ -130,11 +156,12 @@ class SafetensorsFile:
             raise UserError(f"{self.path}: cannot be read ({error.strerror}); check the disk") from error
 
     def _parse_header(self) -> tuple[dict[str, str], dict[str, TensorEntry]]:
-        size = os.fstat(self._file.fileno()).st_size
+        size = self._opened.st_size
         if size < 8:
             raise UserError(f"{self.path}: is no safetensors file ({size} bytes); give the complete model file")
+        reader = self._idle[0]
         prefix = bytearray(8)
-        self._read_into(0, memoryview(prefix))
+        self._read_into(reader, 0, memoryview(prefix))
         length = int.from_bytes(prefix, "little")
         if length > MAX_HEADER_BYTES:
             raise UserError(f"{self.path}: is no safetensors file, or its header is damaged; give a .safetensors file")
@@ -144,7 +171,7 @@ class SafetensorsFile:
                 "copy or download it again"
             )
         text = bytearray(length)
-        self._read_into(8, memoryview(text))
+        self._read_into(reader, 8, memoryview(text))
         header = self._decode(bytes(text))
         metadata = header.pop("__metadata__", {})
         if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
@@ -207,6 +234,14 @@ class SafetensorsFile:
 def _are_sizes(value: object) -> bool:
     """A list of non-negative integers (JSON `true` is none), each below 2^63."""
     return isinstance(value, list) and all(type(size) is int and 0 <= size < 1 << 63 for size in value)
+
+
+@dataclass(eq=False)
+class _Reader:
+    """What a thread reads with: a handle that keeps its own position, and buffers for what goes to a CUDA device."""
+
+    file: BinaryIO
+    staging: _PinnedStaging | None = None
 
 
 class _PinnedStaging:

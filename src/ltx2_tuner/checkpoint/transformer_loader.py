@@ -1,13 +1,14 @@
 """Loading the transformer: tensor by tensor from the file to where it will live, quantised on the way.
 
-The host never holds more than the layer that is under way, besides what is placed there.
+Besides what is placed there, the host never holds more than the layer under way and what threads read ahead.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -17,6 +18,7 @@ from tqdm import tqdm
 from ltx2_tuner.checkpoint.checkpoint import FP8_DTYPES, Checkpoint
 from ltx2_tuner.checkpoint.modules import CONFIG_ERRORS, assign, checked_shapes, on_meta
 from ltx2_tuner.checkpoint.precision import effective_format
+from ltx2_tuner.checkpoint.read_ahead import ReadAhead
 from ltx2_tuner.errors import UserError
 from ltx2_tuner.models.transformer import LTXTransformer, TransformerConfig
 from ltx2_tuner.quantization import fp8
@@ -71,8 +73,10 @@ def load_transformer(
     reader.column_scales = column_scales or {}
     reader.quantise_nf4 = quantise_nf4
     total = sum(reader.nbytes(key) for key in reader.keys)
-    with tqdm(total=total, desc="transformer", unit="B", unit_scale=True, disable=not progress) as bar:
-        for block, keys in itertools.groupby(sorted(reader.keys, key=_block_of), _block_of):
+    order = sorted(reader.keys, key=_block_of)
+    shown = tqdm(total=total, desc="transformer", unit="B", unit_scale=True, disable=not progress)
+    with shown as bar, reader.reading_ahead(order):
+        for block, keys in itertools.groupby(order, _block_of):
             for key in keys:
                 reader.load(key)
                 bar.update(reader.nbytes(key))
@@ -118,7 +122,19 @@ class TransformerReader:
         self.transform = transform
         self.column_scales: Mapping[str, Tensor] = {}
         self.quantise_nf4: Nf4Quantiser | None = None
+        self._read = checkpoint.read
         self._warned = False
+
+    @contextlib.contextmanager
+    def reading_ahead(self, keys: Iterable[str]) -> Iterator[None]:
+        """Within the block `load` is called with `keys`, in this order: their tensors are read ahead."""
+        main = [key for key in keys if key.endswith(".weight") or key.rpartition(".")[0] not in self.targets]
+        with ReadAhead(self.checkpoint, [(self.names[key], self._workplace(key)) for key in main]) as ahead:
+            self._read = ahead.read
+            try:
+                yield
+            finally:
+                self._read = self.checkpoint.read
 
     def nbytes(self, key: str) -> int:
         """Bytes of a parameter in the file."""
@@ -133,12 +149,20 @@ class TransformerReader:
             parent, _, name = path.rpartition(".")
             setattr(self.model.get_submodule(parent), name, self._frozen(path))
 
+    def _workplace(self, key: str) -> torch.device:
+        """Where the tensor of a parameter is read to: where it is quantised, or else where it will live."""
+        home, name = self.place(key), self.names[key]
+        stored = self.checkpoint.entry(name).dtype
+        ready = stored == torch.uint8 or (stored in FP8_DTYPES and self.form.kind == "fp8" and self.transform is None)
+        quantised = key.rpartition(".")[0] in self.targets and self.form.kind != "dense" and not ready
+        return torch.device(self.quantize_device or home) if quantised else home
+
     def _plain(self, key: str, name: str) -> Tensor:
         stored = self.checkpoint.entry(name).dtype
         if stored in FP8_DTYPES:
             tensor = self._dequantised(name, self.place(key))
         else:
-            tensor = self.checkpoint.read(name, self.place(key))
+            tensor = self._read(name, self._workplace(key))
         if tensor.dim() == 2 and key.endswith(".weight"):
             tensor = self._transformed(key, tensor)
         keep = key.endswith("scale_shift_table") or "scale_shift_table_" in key
@@ -146,19 +170,18 @@ class TransformerReader:
 
     def _frozen(self, path: str) -> FrozenLinear:
         key, name = f"{path}.weight", self.names[f"{path}.weight"]
-        home = self.place(key)
+        home, work = self.place(key), self._workplace(key)
         bias_name = self.names.get(f"{path}.bias")
         bias = None if bias_name is None else self.checkpoint.read(bias_name, home, self.dtype)
         stored = self.checkpoint.entry(name).dtype
         if self.checkpoint.is_nf4 and stored == torch.uint8:
             return self._stored_nf4(name, bias, home)
-        work = torch.device(self.quantize_device or home) if self.form.kind != "dense" else home
         if stored in FP8_DTYPES:
             layer = self._from_fp8(key, name, bias, home, work)
         else:
             # What an fp8 file keeps in bf16 (its first and last blocks) is kept so.
             form = WeightFormat() if self.checkpoint.is_fp8 and self.form.kind == "fp8" else self.form
-            layer = self._freeze(key, self._transformed(key, self.checkpoint.read(name, work)), bias, form)
+            layer = self._freeze(key, self._transformed(key, self._read(name, work)), bias, form)
         return layer.to(home)
 
     def _from_fp8(
@@ -169,7 +192,7 @@ class TransformerReader:
             dense = self._dequantised(name, work)
             changed = self._transformed(key, dense)
         if self.form.kind == "fp8" and changed is dense:
-            return stored_fp8(self.checkpoint.read(name, home), self._scale(name, home), bias, self.form, self.dtype)
+            return stored_fp8(self._read(name, home), self._scale(name, home), bias, self.form, self.dtype)
         if self.form.kind == "fp8" and not self._warned:
             logger.warning("%s is fp8: merged weights are quantised a second time", self.checkpoint.path)
             self._warned = True
@@ -201,7 +224,7 @@ class TransformerReader:
                 f"{self.checkpoint.path}: is already nf4, nothing can be merged into it; "
                 "give the original checkpoint with --base_weights"
             )
-        return Nf4Linear(Nf4Tensor(self.checkpoint.read(name, home), self._scale(name, home)), bias, self.dtype)
+        return Nf4Linear(Nf4Tensor(self._read(name, home), self._scale(name, home)), bias, self.dtype)
 
     def _scale(self, name: str, device: torch.device) -> Tensor | None:
         """The scale of a weight under either name in circulation; None for a plain cast to fp8."""
@@ -222,7 +245,7 @@ class TransformerReader:
         return self.checkpoint.read(found, device)
 
     def _dequantised(self, name: str, device: torch.device) -> Tensor:
-        return fp8.dequantise(self.checkpoint.read(name, device), self._scale(name, device), self.dtype)
+        return fp8.dequantise(self._read(name, device), self._scale(name, device), self.dtype)
 
 
 def _block_of(key: str) -> int:

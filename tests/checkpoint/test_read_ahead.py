@@ -1,0 +1,95 @@
+"""Tensors that threads read before the loader asks for them."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from ltx2_tuner.checkpoint import Checkpoint, load_transformer, write_tiny_checkpoint
+from ltx2_tuner.checkpoint.read_ahead import ReadAhead
+from ltx2_tuner.errors import UserError
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def path(tmp_path):
+    write_tiny_checkpoint(tmp_path / "tiny.safetensors")
+    return tmp_path / "tiny.safetensors"
+
+
+class Recording(Checkpoint):
+    """Remembers what was read by whom."""
+
+    def read(self, name, device="cpu", dtype=None):
+        self.reads.append((name, threading.current_thread().name))
+        return super().read(name, device, dtype)
+
+
+def opened(path) -> Recording:
+    checkpoint = Recording.open(path)
+    checkpoint.reads = []
+    return checkpoint
+
+
+def readers() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("checkpoint")]
+
+
+def test_what_is_announced_is_read_once_by_threads_and_the_rest_by_the_caller(path):
+    checkpoint = opened(path)
+    names = checkpoint.names("model.diffusion_model.transformer_blocks.")
+    announced = names[::2]
+    with ReadAhead(checkpoint, [(name, CPU) for name in announced]) as ahead:
+        for name in names:
+            assert torch.equal(ahead.read(name, CPU), Checkpoint.read(checkpoint, name))
+        assert ahead.read(names[0], CPU, torch.float16).dtype == torch.float16
+        assert readers()
+    assert not readers()
+    by_threads = [name for name, thread in checkpoint.reads if thread.startswith("checkpoint")]
+    by_caller = [name for name, thread in checkpoint.reads if not thread.startswith("checkpoint")]
+    assert sorted(by_threads) == sorted(announced) and by_caller == [*names[1::2], names[0]]
+
+
+def test_no_more_is_read_ahead_than_the_limit(path):
+    checkpoint = opened(path)
+    names = checkpoint.names("model.diffusion_model.transformer_blocks.")
+    limit = 3 * max(checkpoint.entry(name).nbytes for name in names)
+    with ReadAhead(checkpoint, [(name, CPU) for name in names], limit) as ahead:
+        for count, name in enumerate(names):
+            ahead.read(name, CPU)
+            started = {found for found, _ in list(checkpoint.reads)} - set(names[: count + 1])
+            assert sum(checkpoint.entry(each).nbytes for each in started) <= limit
+    with ReadAhead(checkpoint, [(name, CPU) for name in names], 0) as ahead:  # each is larger than that
+        assert all(torch.equal(ahead.read(name, CPU), Checkpoint.read(checkpoint, name)) for name in names)
+
+
+@pytest.mark.parametrize("variant", ["av", "video"])
+def test_the_loader_announces_what_it_reads(path, variant):
+    """All but the biases of the block matrices, which are small."""
+    checkpoint = opened(path)
+    load_transformer(checkpoint, variant, progress=False)
+    alone = [name for name, thread in checkpoint.reads if not thread.startswith("checkpoint")]
+    assert all(name.endswith(".bias") for name in alone)
+    assert len(checkpoint.reads) == len({name for name, _ in checkpoint.reads})
+
+
+def test_a_file_cut_short_while_it_is_loaded_gives_one_sentence_and_leaves_no_thread(path):
+    checkpoint = Checkpoint.open(path)
+    with open(path, "r+b") as handle:
+        handle.truncate(path.stat().st_size // 3)
+    with pytest.raises(UserError, match="ended while it was read; copy or download it again"):
+        load_transformer(checkpoint, progress=False)
+    assert not readers()
+
+
+def test_an_interrupted_load_leaves_no_thread(path):
+    def interrupt(_index, _block):
+        assert readers()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        load_transformer(Checkpoint.open(path), on_block=interrupt, progress=False)
+    assert not readers()
