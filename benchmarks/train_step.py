@@ -14,7 +14,6 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
@@ -24,8 +23,9 @@ from torch import nn
 
 from ltx2_tuner.lora import LoRANetwork, Targets, select_layers
 from ltx2_tuner.memory.options import CompileOptions, MemoryOptions
-from ltx2_tuner.memory.prepare import block_placement, prepare_model
+from ltx2_tuner.memory.prepare import prepare_model
 from ltx2_tuner.memory.sharding import BlockShards
+from ltx2_tuner.memory.streaming import streamed_indices
 from ltx2_tuner.models.transformer import LTXTransformer, Modality, TransformerConfig
 from ltx2_tuner.models.transformer.tokens import audio_latent_length, audio_positions, video_positions
 from ltx2_tuner.quantization import is_quantisable
@@ -92,14 +92,15 @@ def build(
     """
     with torch.device("meta"):
         model = LTXTransformer(configuration(args), args.mode)
-    place = block_placement(args.layers, args.blocks_to_swap, device)
+    on_host = streamed_indices(args.layers, args.blocks_to_swap) if args.blocks_to_swap else ()
     generator = torch.Generator(device).manual_seed(0)
     for path, module in list(model.named_modules()):
         if not path.startswith("transformer_blocks."):
-            fill(model, path, module, PRECISIONS[args.precision], place, generator)
+            fill(model, path, module, PRECISIONS[args.precision], device, generator)
     for index, block in enumerate(model.transformer_blocks):
+        home = torch.device("cpu") if index in on_host else device
         for path, module in list(block.named_modules(prefix=f"transformer_blocks.{index}")):
-            fill(model, path, module, PRECISIONS[args.precision], place, generator)
+            fill(model, path, module, PRECISIONS[args.precision], home, generator)
         if shards is not None:
             shards.take(index, block)
     layers = select_layers(model, Targets(args.mode, "audio" if args.mode == "audio" else "t2v"))
@@ -118,7 +119,7 @@ def fill(
     path: str,
     module: nn.Module,
     form: WeightFormat,
-    place: Callable[[str], torch.device],
+    home: torch.device,
     generator: torch.Generator,
 ) -> None:
     """Give a module's own parameters random values, and the big matrices the form that the checkpoint's would have."""
@@ -129,7 +130,7 @@ def fill(
         module.register_parameter(name, nn.Parameter(values, requires_grad=False))
     if isinstance(module, nn.Linear) and is_quantisable(f"{path}.weight", module.weight.shape):
         bias = None if module.bias is None else module.bias.data
-        frozen = freeze(path, module.weight.data, bias, form, torch.bfloat16).to(place(path))
+        frozen = freeze(path, module.weight.data, bias, form, torch.bfloat16).to(home)
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, frozen)
 

@@ -13,7 +13,7 @@ from ltx2_tuner.checkpoint.awq_calibration import awq_scales
 from ltx2_tuner.checkpoint.checkpoint import Checkpoint
 from ltx2_tuner.checkpoint.loftq_file import load_loftq, loftq_path
 from ltx2_tuner.checkpoint.precision import PrecisionOptions
-from ltx2_tuner.checkpoint.transformer_loader import OnBlock, Placement, Transform, load_transformer
+from ltx2_tuner.checkpoint.transformer_loader import OnBlock, Transform, load_transformer
 from ltx2_tuner.models.transformer import LTXTransformer
 from ltx2_tuner.quantization import Nf4Linear
 from ltx2_tuner.quantization.loftq import LoftQ
@@ -39,7 +39,6 @@ def load_base_model(
     dtype: torch.dtype,
     options: PrecisionOptions,
     *,
-    placement: Placement | None = None,
     transform: Transform | None = None,
     adapted: Callable[[str], bool] = lambda _layer: True,
     on_block: OnBlock | None = None,
@@ -48,7 +47,7 @@ def load_base_model(
     """Load what is trained on. Call `precision.check` first.
 
     Args:
-        device: where the model computes; `placement` (as in `load_transformer`) says where tensors live, default here.
+        device: where the model computes and its tensors live.
         transform: merges LoRAs into the weights before they are quantised.
         adapted: whether a layer (by path) has an adapter: the others need no start values.
         on_block: as in `load_transformer`.
@@ -73,7 +72,7 @@ def load_base_model(
     model = load_transformer(
         checkpoint,
         variant,
-        placement or device,
+        device,
         dtype,
         weights=options.weights,
         quantize_device=work,

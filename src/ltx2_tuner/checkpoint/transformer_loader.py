@@ -29,7 +29,6 @@ from ltx2_tuner.quantization.targets import is_quantisable
 
 logger = logging.getLogger(__name__)
 
-Placement = str | torch.device | Callable[[str], torch.device]
 Transform = Callable[[str, Tensor], Tensor]
 OnBlock = Callable[[int, nn.Module], None]
 _COMPANIONS = (".weight_scale", ".scale_weight", ".input_scale", ".scale_input", ".comfy_quant", ".nf4_shape")
@@ -38,7 +37,7 @@ _COMPANIONS = (".weight_scale", ".scale_weight", ".input_scale", ".scale_input",
 def load_transformer(
     checkpoint: Checkpoint,
     variant: str = "av",
-    device: Placement = "cpu",
+    device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.bfloat16,
     *,
     weights: WeightFormat | None = None,
@@ -53,8 +52,7 @@ def load_transformer(
 
     Args:
         variant: "av", "video" or "audio": which parts to build and read.
-        device: where tensors live: a device, or a function of the parameter name (`transformer_blocks.3.attn1...`);
-            what lies outside the blocks must live where the model computes.
+        device: where tensors live.
         dtype: compute dtype. Modulation tables stored in float32 stay float32.
         weights: how block matrices are stored; default dense. A pre-quantised nf4 file is always used as it is.
         quantize_device: where weights are quantised; default where they will live.
@@ -98,7 +96,7 @@ class TransformerReader:
         self,
         checkpoint: Checkpoint,
         variant: str,
-        placement: Placement,
+        device: str | torch.device,
         dtype: torch.dtype,
         form: WeightFormat,
         quantize_device: str | torch.device | None = None,
@@ -115,10 +113,10 @@ class TransformerReader:
             if is_quantisable(key, tensor.shape)
         }
         self.checkpoint = checkpoint
-        self.place = placement if callable(placement) else lambda _name: torch.device(placement)
+        self.home = _exact(device)
         self.dtype = dtype
-        self.form = effective_format(checkpoint, form, self.place("proj_out.weight"))
-        self.quantize_device = quantize_device
+        self.form = effective_format(checkpoint, form, self.home)
+        self.quantize_device = self.home if quantize_device is None else _exact(quantize_device)
         self.transform = transform
         self.column_scales: Mapping[str, Tensor] = {}
         self.quantise_nf4: Nf4Quantiser | None = None
@@ -151,16 +149,15 @@ class TransformerReader:
 
     def _workplace(self, key: str) -> torch.device:
         """Where the tensor of a parameter is read to: where it is quantised, or else where it will live."""
-        home, name = self.place(key), self.names[key]
-        stored = self.checkpoint.entry(name).dtype
+        stored = self.checkpoint.entry(self.names[key]).dtype
         ready = stored == torch.uint8 or (stored in FP8_DTYPES and self.form.kind == "fp8" and self.transform is None)
         quantised = key.rpartition(".")[0] in self.targets and self.form.kind != "dense" and not ready
-        return torch.device(self.quantize_device or home) if quantised else home
+        return self.quantize_device if quantised else self.home
 
     def _plain(self, key: str, name: str) -> Tensor:
         stored = self.checkpoint.entry(name).dtype
         if stored in FP8_DTYPES:
-            tensor = self._dequantised(name, self.place(key))
+            tensor = self._dequantised(name, self.home)
         else:
             tensor = self._read(name, self._workplace(key))
         if tensor.dim() == 2 and key.endswith(".weight"):
@@ -170,29 +167,26 @@ class TransformerReader:
 
     def _frozen(self, path: str) -> FrozenLinear:
         key, name = f"{path}.weight", self.names[f"{path}.weight"]
-        home, work = self.place(key), self._workplace(key)
         bias_name = self.names.get(f"{path}.bias")
-        bias = None if bias_name is None else self.checkpoint.read(bias_name, home, self.dtype)
+        bias = None if bias_name is None else self.checkpoint.read(bias_name, self.home, self.dtype)
         stored = self.checkpoint.entry(name).dtype
         if self.checkpoint.is_nf4 and stored == torch.uint8:
-            return self._stored_nf4(name, bias, home)
+            return self._stored_nf4(name, bias)
         if stored in FP8_DTYPES:
-            layer = self._from_fp8(key, name, bias, home, work)
+            layer = self._from_fp8(key, name, bias)
         else:
             # What an fp8 file keeps in bf16 (its first and last blocks) is kept so.
             form = WeightFormat() if self.checkpoint.is_fp8 and self.form.kind == "fp8" else self.form
-            layer = self._freeze(key, self._transformed(key, self._read(name, work)), bias, form)
-        return layer.to(home)
+            layer = self._freeze(key, self._transformed(key, self._read(name, self._workplace(key))), bias, form)
+        return layer.to(self.home)
 
-    def _from_fp8(
-        self, key: str, name: str, bias: Tensor | None, home: torch.device, work: torch.device
-    ) -> FrozenLinear:
+    def _from_fp8(self, key: str, name: str, bias: Tensor | None) -> FrozenLinear:
         dense = changed = None
         if self.form.kind != "fp8" or self.transform is not None:
-            dense = self._dequantised(name, work)
+            dense = self._dequantised(name, self._workplace(key))
             changed = self._transformed(key, dense)
         if self.form.kind == "fp8" and changed is dense:
-            return stored_fp8(self._read(name, home), self._scale(name, home), bias, self.form, self.dtype)
+            return stored_fp8(self._read(name, self.home), self._scale(name, self.home), bias, self.form, self.dtype)
         if self.form.kind == "fp8" and not self._warned:
             logger.warning("%s is fp8: merged weights are quantised a second time", self.checkpoint.path)
             self._warned = True
@@ -218,13 +212,13 @@ class TransformerReader:
             quantise_nf4=self.quantise_nf4,
         )
 
-    def _stored_nf4(self, name: str, bias: Tensor | None, home: torch.device) -> FrozenLinear:
+    def _stored_nf4(self, name: str, bias: Tensor | None) -> FrozenLinear:
         if self.transform is not None:
             raise UserError(
                 f"{self.checkpoint.path}: is already nf4, nothing can be merged into it; "
                 "give the original checkpoint with --base_weights"
             )
-        return Nf4Linear(Nf4Tensor(self._read(name, home), self._scale(name, home)), bias, self.dtype)
+        return Nf4Linear(Nf4Tensor(self._read(name, self.home), self._scale(name, self.home)), bias, self.dtype)
 
     def _scale(self, name: str, device: torch.device) -> Tensor | None:
         """The scale of a weight under either name in circulation; None for a plain cast to fp8."""
@@ -246,6 +240,14 @@ class TransformerReader:
 
     def _dequantised(self, name: str, device: torch.device) -> Tensor:
         return fp8.dequantise(self._read(name, device), self._scale(name, device), self.dtype)
+
+
+def _exact(device: str | torch.device) -> torch.device:
+    """With the number of the GPU: threads that read have no current one of their own choosing."""
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def _block_of(key: str) -> int:

@@ -26,7 +26,7 @@ from ltx2_tuner.lora import LoRANetwork, load_lora, table_of
 from ltx2_tuner.lora.targets import compile_patterns, takes
 from ltx2_tuner.memory.options import MemoryOptions
 from ltx2_tuner.memory.planner import Footprint, settle
-from ltx2_tuner.memory.prepare import block_placement, check_streamed, prepare_model
+from ltx2_tuner.memory.prepare import check_streamed, host_blocks, prepare_model
 from ltx2_tuner.memory.sizes import weight_sizes
 from ltx2_tuner.models.transformer import LTXTransformer, TransformerConfig
 
@@ -96,18 +96,19 @@ def load_model(
     config = TransformerConfig.from_dict(checkpoint.config["transformer"])
     check_streamed(config.num_layers, args.blocks_to_swap)
     memory = _settled(memory_options(args), config, variant, precision, device, dtype, tokens)
+    hosts = host_blocks(config.num_layers, memory, device)
     transformer = load_base_model(
         checkpoint,
         variant,
         device,
         dtype,
         precision,
-        placement=block_placement(config.num_layers, memory.blocks_to_swap or 0, device),
+        on_block=None if hosts is None else hosts.take,
     ).transformer
     for path, multiplier in _loras(args):
         _attach(transformer, path, multiplier, args, device)
     compilation = dataclasses.replace(compile_options(args), enabled=bool(args.compile))
-    logger.info("%s", prepare_model(transformer, memory, compilation, device))
+    logger.info("%s", prepare_model(transformer, memory, compilation, device, hosts=hosts))
     return transformer.eval()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,6 +10,7 @@ import torch
 from ltx2_tuner.errors import UserError
 from ltx2_tuner.memory.attention_check import usable_backend
 from ltx2_tuner.memory.compilation import CACHE_ENTRIES, compile_blocks, compiler_works
+from ltx2_tuner.memory.host_blocks import HostBlocks
 from ltx2_tuner.memory.offload import ActivationOffload
 from ltx2_tuner.memory.options import CompileOptions, MemoryOptions
 from ltx2_tuner.memory.sharding import BlockShards, ShardedStore
@@ -49,15 +49,11 @@ def check_streamed(blocks: int, count: int | None) -> None:
         )
 
 
-def block_placement(blocks: int, streamed: int, device: torch.device) -> Callable[[str], torch.device]:
-    """Where a parameter of the transformer is loaded to: streamed blocks stay on the CPU."""
-    on_host = {f"transformer_blocks.{index}." for index in streamed_indices(blocks, streamed)} if streamed else set()
-    cpu = torch.device("cpu")
-
-    def place(name: str) -> torch.device:
-        return cpu if any(name.startswith(prefix) for prefix in on_host) else device
-
-    return place
+def host_blocks(blocks: int, options: MemoryOptions, device: torch.device) -> HostBlocks | None:
+    """What takes streamed blocks to the host while they are loaded; None where none is streamed."""
+    if not options.blocks_to_swap:
+        return None
+    return HostBlocks(streamed_indices(blocks, options.blocks_to_swap), device, options.pinned)
 
 
 def prepare_model(
@@ -66,11 +62,13 @@ def prepare_model(
     compilation: CompileOptions,
     device: torch.device,
     shards: BlockShards | None = None,
+    hosts: HostBlocks | None = None,
 ) -> MemoryPlan:
     """Apply the options to a model whose adapters are attached.
 
     Args:
         shards: what took the matrices of all blocks while they were loaded, for a sharded model.
+        hosts: what took those of streamed blocks while they were loaded.
     """
     model.set_attention_backend(usable_backend(options.attention, device))
     if options.split_attention != "none":
@@ -78,7 +76,7 @@ def prepare_model(
     if options.ffn_chunk_size:
         model.chunk_feed_forward(options.ffn_chunk_target, options.ffn_chunk_size)
     if shards is None:
-        store = _stream(model, options, device, None)
+        store = _stream(model, options, device, None, hosts)
     else:
         store = ShardedStore(model.transformer_blocks, shards, device, ring=options.ring_size)
         model.block_runner = store
@@ -95,14 +93,18 @@ def rearrange(model: LTXTransformer, plan: MemoryPlan, options: MemoryOptions, d
 
 
 def _stream(
-    model: LTXTransformer, options: MemoryOptions, device: torch.device, store: BlockStore | None
+    model: LTXTransformer,
+    options: MemoryOptions,
+    device: torch.device,
+    store: BlockStore | None,
+    hosts: HostBlocks | None = None,
 ) -> BlockStore | None:
     blocks = model.transformer_blocks
     if not options.blocks_to_swap:
         return store
     indices = streamed_indices(len(blocks), options.blocks_to_swap)
     if store is None:
-        store = BlockStore(blocks, indices, device, ring=options.ring_size, pinned=options.pinned)
+        store = BlockStore(blocks, indices, device, ring=options.ring_size, pinned=options.pinned, hosts=hosts)
         model.block_runner = store
     else:
         store.restream(blocks, indices)

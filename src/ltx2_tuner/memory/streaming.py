@@ -16,12 +16,16 @@ import mmap
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from ltx2_tuner.models.transformer.model import BlockRunner, run_block
 from ltx2_tuner.quantization.frozen import FrozenLinear
+
+if TYPE_CHECKING:
+    from ltx2_tuner.memory.host_blocks import HostBlocks
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +86,7 @@ class BlockStore:
         device: where blocks compute. On the CPU the same copies happen without streams.
         ring: device buffers; 1 means that copies and compute do not overlap.
         pinned: page-locked host memory; None tries it and goes on without where it fails.
+        hosts: what took streamed blocks to the host while they were loaded.
     """
 
     def __init__(
@@ -92,6 +97,7 @@ class BlockStore:
         *,
         ring: int = 2,
         pinned: bool | None = None,
+        hosts: HostBlocks | None = None,
     ) -> None:
         self.device = device
         self.streamed = tuple(sorted(streamed))
@@ -106,6 +112,7 @@ class BlockStore:
         # The ring is reserved first: near-full memory shows at the start, not at some later step.
         self._slots = [_Slot(torch.empty(size, dtype=torch.uint8, device=device)) for _ in range(ring)]
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._filled = {} if hosts is None else hosts.hand_over()
         for index, (pieces, total) in layouts.items():
             self._take(index, blocks[index], pieces, total)
         self._direction = 1
@@ -254,11 +261,7 @@ class BlockStore:
         slot.buffer[: source.numel()].copy_(source, non_blocking=True)
 
     def _bind(self, index: int, slot: _Slot) -> None:
-        tensors: dict[FrozenLinear, dict[str, Tensor]] = {}
-        for piece in self._pieces[index]:
-            tensors.setdefault(piece.layer, {})[piece.name] = piece.view(slot.buffer)
-        for layer, found in tensors.items():
-            layer.rebind(found)
+        bind(self._pieces[index], slot.buffer)
 
     def _take(self, index: int, block: nn.Module, pieces: list[_Piece], total: int) -> None:
         """Take a block's matrices out of it, and move everything else of it to the device."""
@@ -269,8 +272,16 @@ class BlockStore:
         block.to(self.device)
 
     def _keep(self, index: int, pieces: list[_Piece], total: int) -> None:
-        """Copy a block's matrices into one host buffer."""
-        host = _host_memory(total)
+        """Have a block's matrices in one host buffer."""
+        filled = self._filled.pop(index, None)
+        if filled is not None:
+            self._host[index] = filled.buffer
+            if filled.locked:
+                self._locked.update({index: filled.buffer.data_ptr()})
+            else:
+                self._lock(index, filled.buffer)
+            return
+        host = host_memory(total)
         for piece in pieces:
             piece.view(host).copy_(piece.layer.storage()[piece.name])
         self._host[index] = host
@@ -328,13 +339,22 @@ def _unlock_all(locked: dict[int, int]) -> None:
         torch.cuda.cudart().cudaHostUnregister(locked.popitem()[1])
 
 
-def _host_memory(size: int) -> Tensor:
+def host_memory(size: int) -> Tensor:
     """Bytes on pages of their own (two buffers on one page cannot both be page-locked), huge ones where they are."""
     pages = mmap.mmap(-1, size)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without them
             pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=torch.uint8, count=size)
+
+
+def bind(pieces: Sequence[_Piece], buffer: Tensor) -> None:
+    """Have the layers of a block use their tensors in `buffer`."""
+    tensors: dict[FrozenLinear, dict[str, Tensor]] = {}
+    for piece in pieces:
+        tensors.setdefault(piece.layer, {})[piece.name] = piece.view(buffer)
+    for layer, found in tensors.items():
+        layer.rebind(found)
 
 
 def layout(block: nn.Module) -> tuple[list[_Piece], int]:

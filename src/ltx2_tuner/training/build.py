@@ -16,7 +16,7 @@ from ltx2_tuner.checkpoint.precision import PrecisionOptions, effective_format
 from ltx2_tuner.checkpoint.transformer_loader import OnBlock
 from ltx2_tuner.data.batches import TrainingData, ValidationData
 from ltx2_tuner.lora.build import build_network, optimizer_groups, target_of
-from ltx2_tuner.memory.prepare import block_placement
+from ltx2_tuner.memory.prepare import host_blocks
 from ltx2_tuner.memory.sharding import BlockShards
 from ltx2_tuner.training.balance import AudioBalancer
 from ltx2_tuner.training.base_weights import merge_base_weights
@@ -76,7 +76,9 @@ def build(
     plan = plan_memory(config, sources, processes)
     config = settled(config, plan)
     shards = BlockShards(processes.peers, device) if config.memory.shard_base else None
-    base = _load_model(config, sources, device, None if shards is None else shards.take)
+    hosts = host_blocks(sources.model.num_layers, config.memory, device)
+    keeper = shards or hosts
+    base = _load_model(config, sources, device, None if keeper is None else keeper.take)
     model = base.transformer
     network = build_network(
         model,
@@ -91,7 +93,7 @@ def build(
     adapters_in = _MIXED_PRECISION.get(config.mixed_precision, config.dtype)
     stays = not getattr(sampler, "offloads", False)
     arrangement = Arrangement(
-        model, network, config.memory, config.compilation, device, adapters_in, plan, shards, stays=stays
+        model, network, config.memory, config.compilation, device, adapters_in, plan, shards, hosts, stays=stays
     )
     logger.info("%s", arrangement.prepared)
     data = sources.training.loader(
@@ -241,7 +243,6 @@ def _load_model(config: TrainingConfig, sources: Sources, device: torch.device, 
         device,
         config.dtype,
         config.precision,
-        placement=block_placement(sources.model.num_layers, config.memory.blocks_to_swap or 0, device),
         transform=base_weights,
         adapted=target_of(config.network, config.trained_mode) if config.precision.loftq_rank else lambda _layer: True,
         on_block=on_block,

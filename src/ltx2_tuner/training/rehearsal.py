@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from ltx2_tuner.memory.host_blocks import HostBlocks
 from ltx2_tuner.memory.options import CompileOptions, MemoryOptions
 from ltx2_tuner.memory.planner import Plan
 from ltx2_tuner.memory.prepare import prepare_model, rearrange
@@ -36,7 +37,7 @@ class Arrangement:
         network: attached, on its device and in its dtype.
         plan: None where nothing was planned; then nothing can be tightened.
         dtype: what adapters multiply in.
-        shards: this process's part of the blocks of a sharded model.
+        shards, hosts: as in `prepare_model`.
         stays: False where previews move the whole model to the host.
     """
 
@@ -50,11 +51,12 @@ class Arrangement:
         dtype: torch.dtype,
         plan: Plan | None = None,
         shards: BlockShards | None = None,
+        hosts: HostBlocks | None = None,
         stays: bool = True,
     ) -> None:
         self.model, self.network, self.device, self.dtype, self.plan = model, network, device, dtype, plan
         self.stays = stays
-        self.prepared = prepare_model(model, options, compilation, device, shards)
+        self.prepared = prepare_model(model, options, compilation, device, shards, hosts)
         self._accelerate()
 
     def tighten(self) -> bool:
