@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
 
-from ltx2_tuner.cli.ltx2_train_network import main
+if __name__ == "__main__":  # processes that are started from here import this file, and need nothing of it
+    from ltx2_tuner.cli.ltx2_train_network import main
 
-if __name__ == "__main__":
     sys.exit(main())

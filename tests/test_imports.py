@@ -51,3 +51,15 @@ def test_every_module_imports_without_optional_packages():
 
 def test_a_torchaudio_of_another_torch_is_enough():
     assert run(WITH_BROKEN_EXTENSION).splitlines()[-1] == "160"
+
+
+def test_processes_that_a_script_starts_import_nothing_for_its_sake():
+    """Loader and decoding processes import the script's file under another name first."""
+    scripts = sorted(path.name for path in ROOT.glob("*.py"))
+    code = f"""
+import runpy, sys
+for script in {scripts!r}:
+    runpy.run_path({str(ROOT)!r} + "/" + script, run_name="__mp_main__")
+print(sorted(name for name in sys.modules if name.partition(".")[0] in ("torch", "ltx2_tuner")))
+"""
+    assert len(scripts) > 5 and run(code).strip() == "[]"

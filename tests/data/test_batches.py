@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import multiprocessing
+import os
 import pickle
 
 import pytest
@@ -183,6 +185,32 @@ def test_workers_and_resume_see_the_same_order(tmp_path):
         resumed = data.loader()
         resumed.set_epoch(epoch, skip=3)
         assert [(batch["item_keys"], batch["timesteps"]) for batch in resumed] == expected[3:]
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_a_pass_that_was_started_early_is_the_pass(tmp_path, persistent):
+    data = TrainingData(many(tmp_path, extra=""), seed=3)
+    plain = data.loader()
+    loader = data.loader(workers=1, persistent_workers=persistent)
+    for epoch, skip in ((1, 2), (2, 0)):
+        plain.set_epoch(epoch, skip)
+        expected = names(plain)
+        loader.set_epoch(epoch, skip)
+        loader.start()
+        assert multiprocessing.active_children()
+        assert names(loader) == expected
+    loader.start()
+    loader.set_epoch(1, skip=2)  # another one after all
+    plain.set_epoch(1, skip=2)
+    assert names(loader) == names(plain)
+
+
+def test_no_more_processes_than_batches(tmp_path):
+    data = TrainingData(many(tmp_path, extra=""), seed=3)
+    loader = data.loader(workers=8, world_size=4)
+    before = len(multiprocessing.active_children())
+    loader.start()
+    assert len(multiprocessing.active_children()) - before == min(2, os.cpu_count())  # 7 batches over 4 ranks
 
 
 def test_skipped_batches_are_not_read(tmp_path):

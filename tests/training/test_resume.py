@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import shutil
 
 import pytest
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 
 from ltx2_tuner.errors import UserError
 from ltx2_tuner.training import state as states
-from tests.training.tiny import Clip, make_trainer, read_json, train, write_workspace
+from tests.training.tiny import Clip, Recorder, make_trainer, read_json, train, write_workspace
 
 MIXED = (Clip(sound=17), Clip(), Clip(sound=12), Clip(), Clip(sound=17))
 
@@ -47,6 +48,20 @@ def test_ten_and_ten_steps_are_twenty(tmp_path, checkpoint):
     same_files(tmp_path / "whole" / "tiny-state", tmp_path / "rest" / "tiny-state", *files)
     first, second = (read_json(tmp_path / name / "tiny-state" / "resume_metadata.json") for name in ("whole", "rest"))
     assert first == second
+
+
+def test_loader_processes_start_before_training_and_where_the_run_goes_on(tmp_path, checkpoint):
+    """In the middle of an epoch, and at its end."""
+    space = write_workspace(tmp_path, checkpoint, [Clip()] * 3)
+    flags = ["--save_state", "--save_every_n_steps", 1, "--max_train_steps", 5]
+    expected = train(space.arguments(*flags)).values("loss/current")
+    for step in (2, 3):
+        more = ["--resume", space.output / f"tiny-step0000000{step}-state", "--max_data_loader_n_workers", 1]
+        recorder = Recorder()
+        trainer = make_trainer(space.arguments(*flags, *more, "--output_dir", tmp_path / f"rest{step}"), recorder)
+        assert multiprocessing.active_children()
+        trainer.train()
+        assert recorder.values("loss/current") == expected[step:]
 
 
 def test_autoresume_takes_the_newest_complete_state_of_this_name(tmp_path, checkpoint):

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ltx2_tuner.data import order
@@ -167,9 +168,10 @@ class EpochLoader:
         persistent_workers: bool = False,
         pin_memory: bool = False,
     ) -> None:
-        workers = min(workers, os.cpu_count() or 1)
         self._sampler = _EpochSampler(data, rank, world_size)
         self._length = len(self._sampler)
+        workers = min(workers, os.cpu_count() or 1, self._length)
+        self._begun: tuple[tuple[int, int], Iterator[Batch]] | None = None
         self._loader = DataLoader(
             data,
             batch_size=None,
@@ -180,16 +182,29 @@ class EpochLoader:
             multiprocessing_context="spawn" if workers else None,
             worker_init_fn=_leave_interrupts,
             pin_memory=pin_memory,
+            generator=torch.Generator(),  # a pass that begins draws a seed, which nothing here uses
         )
 
     def set_epoch(self, epoch: int, skip: int = 0) -> None:
         """Choose the epoch (from 1) and how many of its batches to leave out, unread, at the start."""
         self._sampler.epoch, self._sampler.skip = epoch, skip
 
+    def start(self) -> None:
+        """Begin to load the chosen batches: the next pass over them finds its first ones there."""
+        self._begun = (self._chosen, self._begin())
+
     def __len__(self) -> int:
         return self._length
 
     def __iter__(self) -> Iterator[Batch]:
+        begun, self._begun = self._begun, None
+        return begun[1] if begun is not None and begun[0] == self._chosen else self._begin()
+
+    @property
+    def _chosen(self) -> tuple[int, int]:
+        return self._sampler.epoch, self._sampler.skip
+
+    def _begin(self) -> Iterator[Batch]:
         with _interrupts_held():
             return iter(self._loader)
 
@@ -205,9 +220,9 @@ class _EpochSampler(Sampler):
         return -(-len(self.data) // self.world_size)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        epoch = self.epoch
-        for number in order.rank_share(self.data.order(epoch), self.rank, self.world_size)[self.skip :]:
-            yield epoch, number
+        epoch, skip = self.epoch, self.skip
+        share = order.rank_share(self.data.order(epoch), self.rank, self.world_size)
+        return iter([(epoch, number) for number in share[skip:]])
 
 
 @contextlib.contextmanager

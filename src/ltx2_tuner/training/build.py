@@ -175,6 +175,7 @@ def build(
     )
     trainer = make_trainer(run)
     _resume(config, trainer)
+    trainer.start_loading()
     if plan is not None:
         rehearse(trainer, _largest(config, sources, trainer), arrangement, config.optimizer.type)
     logger.info("%s", _length_line(trainer, sources))

@@ -43,6 +43,9 @@ class BatchSource(Protocol):
     def set_epoch(self, epoch: int, skip: int = 0) -> None:
         """Choose the epoch, from 1, and how many of its batches are left out, unread, at the start."""
 
+    def start(self) -> None:
+        """Begin to load the chosen batches, for the next pass over them."""
+
     def __len__(self) -> int:
         """Batches in an epoch, whatever is skipped."""
 
@@ -119,6 +122,18 @@ class Trainer:
         self.max_steps = run.loop.max_steps
         self.epochs = math.ceil(self.max_steps / self.steps_per_epoch)
 
+    def start_loading(self) -> None:
+        """Have the first batches loaded beside whatever comes before `train`."""
+        epoch = self._next_epoch
+        self.run.data.set_epoch(epoch, self.progress.step_in_epoch if epoch == self.progress.epoch else 0)
+        self.run.data.start()
+
+    @property
+    def _next_epoch(self) -> int:
+        """The epoch of the next batch."""
+        ended = self.progress.step_in_epoch == 0 and self.progress.micro_batches > 0
+        return self.progress.epoch + ended
+
     def train(self) -> None:
         """Train to the last step and save.
 
@@ -133,10 +148,7 @@ class Trainer:
             if self.progress.step == 0 and run.samples.at_first:
                 self._sample(None)
                 line.pause()
-            first = self.progress.epoch
-            if self.progress.step_in_epoch == 0 and self.progress.micro_batches:
-                first += 1
-            epoch = first
+            epoch = self._next_epoch
             # Skipped steps are made up for, unless the run's length was given in epochs.
             while self.progress.step < self.max_steps and epoch <= (run.loop.max_epochs or epoch):
                 self._run_epoch(epoch, line, stop)
