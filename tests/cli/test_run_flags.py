@@ -179,8 +179,9 @@ def test_the_state_at_the_end_alone(space):
     assert json.loads((space.output / "tiny-state" / "state_manifest.json").read_text())["state_type"] == "final"
 
 
-def test_loader_processes_change_nothing(tmp_path, space):
-    flags = ("--max_data_loader_n_workers", 2, "--persistent_data_loader_workers", "--max_train_epochs", 2)
+@pytest.mark.parametrize("kept", ["--persistent_data_loader_workers", "--no-persistent_data_loader_workers"])
+def test_loader_processes_change_nothing(tmp_path, space, kept):
+    flags = ("--max_data_loader_n_workers", 2, kept, "--max_train_epochs", 2)
     assert main(space.arguments(*flags)) == 0
     assert main(space.arguments("--max_train_epochs", 2, "--output_dir", tmp_path / "plain")) == 0
     assert column(space, "loss/current") == column(space, "loss/current", tmp_path / "plain")

@@ -56,11 +56,14 @@ def test_loader_processes_start_before_training_and_where_the_run_goes_on(tmp_pa
     flags = ["--save_state", "--save_every_n_steps", 1, "--max_train_steps", 5]
     expected = train(space.arguments(*flags)).values("loss/current")
     for step in (2, 3):
+        before = set(multiprocessing.active_children())
         more = ["--resume", space.output / f"tiny-step0000000{step}-state", "--max_data_loader_n_workers", 1]
         recorder = Recorder()
         trainer = make_trainer(space.arguments(*flags, *more, "--output_dir", tmp_path / f"rest{step}"), recorder)
-        assert multiprocessing.active_children()
+        started = set(multiprocessing.active_children()) - before
+        assert started
         trainer.train()
+        assert set(multiprocessing.active_children()) - before == started  # the same ones for all epochs
         assert recorder.values("loss/current") == expected[step:]
 
 

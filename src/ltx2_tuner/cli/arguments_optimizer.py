@@ -65,7 +65,8 @@ def _add_loop(group: argparse._ArgumentGroup) -> None:
     add("--max_train_steps", type=int, default=1600, metavar="N", help="optimizer steps of the whole run")
     add("--max_train_epochs", type=int, metavar="E", help="epochs of the whole run; overrides --max_train_steps")
     add("--max_data_loader_n_workers", type=int, default=8, metavar="N", help="loader processes, at most the CPUs")
-    add("--persistent_data_loader_workers", action="store_true", help="keep loader processes between epochs")
+    either = argparse.BooleanOptionalAction
+    add("--persistent_data_loader_workers", action=either, help="keep loader processes between epochs (default: on)")
     add("--ddp_timeout", type=int, metavar="MINUTES", help="how long a process waits for the others")
     no_effect = "accepted without effect: gradients meet in one piece, without torch's DDP"
     add("--ddp_gradient_as_bucket_view", action="store_true", help=no_effect)

@@ -106,7 +106,7 @@ def training_config(
             silence=args.audio_silence_regularizer,
         ),
         workers=workers,
-        persistent_workers=args.persistent_data_loader_workers,
+        persistent_workers=args.persistent_data_loader_workers is not False,
         modes=ModeOptions(
             video_weight=args.video_loss_weight,
             audio_weight=args.audio_loss_weight,

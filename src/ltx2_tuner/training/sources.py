@@ -88,7 +88,7 @@ class TrainingConfig:
     compilation: CompileOptions = field(default_factory=CompileOptions)
     batches: BatchOptions = field(default_factory=BatchOptions)
     workers: int = 0
-    persistent_workers: bool = False
+    persistent_workers: bool = True
     modes: ModeOptions = field(default_factory=ModeOptions)
     draws: DrawOptions = field(default_factory=DrawOptions)
     loss: LossOptions = field(default_factory=LossOptions)
