@@ -154,10 +154,16 @@ def test_working_copies_survive_a_second_pass_before_the_first_backward() -> Non
         torch.testing.assert_close(pair[0], 2 * pair[1], rtol=1e-5, atol=1e-6)
 
 
-def test_recorded_passes_give_their_gradients_to_other_leaves() -> None:
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_recorded_passes_give_their_gradients_to_other_leaves(compiled: bool, recompute: bool) -> None:
     model, network = adapted()
     expected = step(model, network)[2:]
     copies = join_adapters(model, network, torch.float32)
+    model.enable_gradient_checkpointing(recompute)
+    if compiled:
+        torch._dynamo.reset()
+        compile_blocks(model.transformer_blocks, backend="aot_eager")
     streams = tiny.inputs(model.config)
     with copies.recorded() as leaves:
         loss = sum(velocity.square().mean() for velocity in model(**streams))

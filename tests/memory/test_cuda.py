@@ -11,7 +11,9 @@ from ltx2_tuner.memory.offload import ActivationOffload
 from ltx2_tuner.memory.options import CompileOptions, MemoryOptions
 from ltx2_tuner.memory.prepare import prepare_model, rearrange
 from ltx2_tuner.memory.streaming import BlockStore
+from ltx2_tuner.memory.two_streams import TwoStreams
 from tests.memory.blocks import BLOCKS, adapted, gradients
+from tests.models.transformer.test_opening import Watch
 
 pytestmark = [
     pytest.mark.gpu,
@@ -129,6 +131,19 @@ def test_offloaded_inputs_change_nothing() -> None:
         assert equal(gradients(model, network, "cuda"), expected)
     outputs = model(**inputs(model))
     assert all(output.is_cuda for output in outputs)
+
+
+def test_two_streams_make_anew_what_lies_between_the_halves_of_blocks() -> None:
+    model, network = on_gpu("dense")
+    expected = gradients(model, network, "cuda")
+    model.block_runner = TwoStreams()
+    model.enable_gradient_checkpointing()
+    watch = Watch(model)
+    loss = sum(output.float().square().mean() for output in model(**inputs(model)))
+    assert len(watch.opened) == 2 * BLOCKS and watch.alive == 0
+    del loss
+    for _ in range(20):
+        assert equal(gradients(model, network, "cuda"), expected)
 
 
 def test_the_device_holds_the_ring_instead_of_the_blocks() -> None:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import math
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ltx2_tuner.memory.activations import BatchShape, boundary_bytes, forward_operations, kept_bytes
 from ltx2_tuner.memory.options import MemoryOptions
@@ -14,6 +19,7 @@ from ltx2_tuner.memory.sizes import weight_sizes
 from ltx2_tuner.memory.speed import Speed
 from ltx2_tuner.models.transformer import LTXTransformer, TransformerConfig
 from ltx2_tuner.quantization.formats import WeightFormat
+from tests.models.transformer import tiny
 
 GIB = 2**30
 CONFIG = TransformerConfig(
@@ -50,6 +56,46 @@ def full_size(mode: str, weights: str = "dense", low: bool = False) -> Footprint
 @pytest.mark.parametrize(("mode", "recomputed", "measured"), [("av", 0, 69.6), ("av", 48, 39.7), ("video", 0, 47.6)])
 def test_the_estimate_is_within_five_percent_of_the_measured_peak(mode, recomputed, measured):
     assert full_size(mode).total(Choice(0, recomputed), 2) / GIB == pytest.approx(measured, rel=0.05)
+
+
+class Made(TorchDispatchMode):
+    """The memory of all tensors that are made within the block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
+        result = operation(*arguments, **(keywords or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self.storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        return result
+
+    def held(self, model: torch.nn.Module) -> int:
+        """Bytes of those that are still there and no weights (an operation may give a view of them)."""
+        weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+        return sum(
+            size for key, (reference, size) in self.storages.items() if key not in weights and not reference.expired()
+        )
+
+
+def test_a_recomputed_block_keeps_what_was_counted():
+    held = {}
+    for layers in (1, 2, 4):
+        model = tiny.model(num_layers=layers)
+        streams = tiny.inputs(model.config)
+        for modality in streams.values():
+            modality.latent.requires_grad_()
+        model.enable_gradient_checkpointing()
+        with Made() as made:
+            velocities = model(**streams)
+        gc.collect()
+        held[layers] = made.held(model)
+        assert all(velocity.requires_grad for velocity in velocities)
+    shape = BatchShape(2 * math.prod(tiny.GRID), 2 * tiny.AUDIO_TOKENS, 2 * tiny.TEXT_TOKENS)
+    assert (held[4] - held[2]) / 2 == held[2] - held[1] == boundary_bytes(model.config, shape, 4)
 
 
 def test_a_forward_pass_computes_what_was_counted():

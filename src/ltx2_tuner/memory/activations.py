@@ -33,7 +33,7 @@ def kept_bytes(config: TransformerConfig, shape: BatchShape, itemsize: int) -> i
 
 
 def boundary_bytes(config: TransformerConfig, shape: BatchShape, itemsize: int) -> int:
-    """Of a block that is recomputed: the hidden states it starts from."""
+    """Of a block that is recomputed: the hidden states it starts from, and none of those between its halves."""
     return itemsize * _hidden(config, shape)
 
 

@@ -29,18 +29,22 @@ class TwoStreams:
         if video is None or audio is None or skips is not None or not (video_inputs.updated and audio_inputs.updated):
             return run_block(block, index, *arguments, recompute=recompute)
         main, side = torch.cuda.current_stream(), self.side
+        opening = block.opening(recompute)
         side.wait_stream(main)
         with torch.cuda.stream(side):
-            audio = block.open_audio(audio, audio_inputs, None, recompute=recompute)
-        video = block.open_video(video, video_inputs, None, recompute=recompute)
+            audio = opening(block.open_audio, audio, audio_inputs, None)
+        video = opening(block.open_video, video, video_inputs, None)
         opened = (video, audio)
         side.wait_stream(main)
         main.wait_stream(side)
-        with torch.cuda.stream(side):
-            audio = block.close_audio(*opened[::-1], audio_inputs, video_inputs, None, recompute=recompute)
-        video = block.close_video(*opened, video_inputs, audio_inputs, None, recompute=recompute)
+        with opening.closing():
+            with torch.cuda.stream(side):
+                audio = block.close_audio(*opened[::-1], audio_inputs, video_inputs, None, recompute=recompute)
+            video = block.close_video(*opened, video_inputs, audio_inputs, None, recompute=recompute)
         main.wait_stream(side)
-        self.kept[index] = [arguments, opened, (video, audio)]
+        # Nobody reads any more, now that the streams have met, what will be made anew for the backward pass.
+        kept = [tensor for tensor in opened if not opening.makes_anew(tensor)]
+        self.kept[index] = [arguments, kept, (video, audio)]
         if video.requires_grad:
             video.register_hook(lambda _: self._enter_backward(index, main))
         return video, audio

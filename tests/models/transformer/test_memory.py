@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ltx2_tuner.errors import UserError
+from ltx2_tuner.memory.compilation import compile_blocks
 from ltx2_tuner.models.transformer import LTXTransformer
 from ltx2_tuner.models.transformer.attention_backends import attention_function
 from ltx2_tuner.models.transformer.model import ATTENTION_TARGETS, FEED_FORWARD_TARGETS
@@ -30,9 +31,9 @@ class WithDropout(nn.Module):
         return self.base(x) + nn.functional.dropout(self.beside(x), 0.5)
 
 
-def adapted_model() -> LTXTransformer:
+def adapted_model(**changes: object) -> LTXTransformer:
     torch.manual_seed(0)
-    model = tiny.model()
+    model = tiny.model(**changes)
     for block in model.transformer_blocks:
         block.attn1.to_q = WithDropout(block.attn1.to_q)
         block.audio_ff.net[2] = WithDropout(block.audio_ff.net[2])
@@ -62,11 +63,16 @@ def test_checkpointing_reproduces_gradients_and_dropout(blocks: list[int] | None
 
 
 @pytest.mark.parametrize("outside", [False, True], ids=["inside the block", "around the block"])
-def test_compiled_blocks_recompute_the_same_dropout(outside: bool) -> None:
+@pytest.mark.parametrize("by_parts", [False, True], ids=["blocks", "parts"])
+def test_compiled_blocks_recompute_the_same_dropout(by_parts: bool, outside: bool) -> None:
     model = adapted_model()
     expected = outputs_and_gradients(model)
-    for block in model.transformer_blocks:
-        block.compile(backend="aot_eager", dynamic=False)
+    torch._dynamo.reset()
+    if by_parts:
+        compile_blocks(model.transformer_blocks, backend="aot_eager")
+    else:
+        for block in model.transformer_blocks:
+            block.compile(backend="aot_eager", dynamic=False)
     if outside:
         model.block_runner = lambda block, index, *arguments: block(*arguments)
     plain = outputs_and_gradients(model)

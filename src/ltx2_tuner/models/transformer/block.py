@@ -17,6 +17,7 @@ from ltx2_tuner.models.transformer.attention import Attention
 from ltx2_tuner.models.transformer.config import TransformerConfig
 from ltx2_tuner.models.transformer.feed_forward import FeedForward
 from ltx2_tuner.models.transformer.modulation import Modulation, gate, modulate, norm_modulate, rms_norm
+from ltx2_tuner.models.transformer.opening import Opening
 from ltx2_tuner.models.transformer.perturbations import BlockPerturbations, Skip
 from ltx2_tuner.models.transformer.rope import RopeTable
 
@@ -128,23 +129,29 @@ class BasicAVTransformerBlock(nn.Module):
     ) -> tuple[Tensor | None, Tensor | None]:
         """Hidden states (B, T, W) of both streams to those after the block; an absent stream is None throughout.
 
-        With `recompute` the backward pass makes the activations anew from the inputs of each part.
+        With `recompute` the backward pass makes the activations anew from the hidden states given.
         """
         skips = _NOTHING_SKIPPED if perturbations is None else perturbations
         video_runs = video is not None and video_inputs.updated
         audio_runs = audio is not None and audio_inputs.updated
+        opening = self.opening(recompute)
         if video_runs:
-            video = self.open_video(video, video_inputs, skips.skip_video_self, recompute=recompute)
+            video = opening(self.open_video, video, video_inputs, skips.skip_video_self)
         if audio_runs:
-            audio = self.open_audio(audio, audio_inputs, skips.skip_audio_self, recompute=recompute)
+            audio = opening(self.open_audio, audio, audio_inputs, skips.skip_audio_self)
         opened_video, opened_audio = video, audio
-        if video_runs:
-            arguments = (video, opened_audio, video_inputs, audio_inputs, skips.skip_a2v)
-            video = self.close_video(*arguments, recompute=recompute)
-        if audio_runs:
-            arguments = (audio, opened_video, audio_inputs, video_inputs, skips.skip_v2a)
-            audio = self.close_audio(*arguments, recompute=recompute)
+        with opening.closing():
+            if video_runs:
+                arguments = (video, opened_audio, video_inputs, audio_inputs, skips.skip_a2v)
+                video = self.close_video(*arguments, recompute=recompute)
+            if audio_runs:
+                arguments = (audio, opened_video, audio_inputs, video_inputs, skips.skip_v2a)
+                audio = self.close_audio(*arguments, recompute=recompute)
         return video, audio
+
+    def opening(self, recompute: bool) -> Opening:
+        """What runs `open_*` in a pass."""
+        return Opening(recompute, inside=self.keep_products or torch.compiler.is_compiling())
 
     # A block has four parts, for those who compile it or run the two streams side by side: `open_*` is attention
     # within the stream and to its text, `close_*` is attention to the other stream as it was opened and the
