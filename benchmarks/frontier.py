@@ -54,7 +54,7 @@ def footprint(args: argparse.Namespace, config) -> Footprint:
         blocks=sizes.blocks,
         block=sizes.block,
         rest=sizes.rest,
-        trained=values * (3 * adapter + 2),
+        trained=values * (3 * adapter + (2 if adapter != 2 else 0)),
         gradients=values * adapter,
         kept=kept_bytes(config, shape, 2),
         boundary=boundary_bytes(config, shape, 2),

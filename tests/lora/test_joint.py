@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ltx2_tuner.lora import LoRALinear, LoRANetwork, Targets, select_layers
 from ltx2_tuner.lora.joint import WorkingCopies, join_adapters
@@ -12,6 +13,7 @@ from ltx2_tuner.memory.compilation import compile_blocks
 from ltx2_tuner.models.transformer import LTXTransformer
 from ltx2_tuner.quantization import Fp8Linear
 from ltx2_tuner.quantization.formats import WeightFormat, freeze
+from ltx2_tuner.training.regularizers.ema import Shadows
 from tests.models.transformer import tiny
 
 
@@ -172,3 +174,82 @@ def test_recorded_passes_give_their_gradients_to_other_leaves(compiled: bool, re
     for parameter, wanted in zip(network.parameters(), expected):
         torch.testing.assert_close(grads[parameter], wanted, rtol=1e-5, atol=1e-5)
     assert_alike(step(model, network)[2:], expected)
+
+
+class Allocations(TorchDispatchMode):
+    """The size of the largest memory that is made within the block, in bytes."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
+        result = operation(*arguments, **(keywords or {}))
+        if operation is torch.ops.aten.empty.memory_format:
+            self.largest = max(self.largest, result.untyped_storage().nbytes())
+        return result
+
+
+@pytest.mark.parametrize("masters", [torch.float32, torch.bfloat16])
+def test_masters_of_the_compute_dtype_are_read_where_they_are(masters: torch.dtype) -> None:
+    model, network = adapted()
+    model.to(torch.bfloat16), network.to(masters)
+    before = {name: (parameter, parameter.detach().clone()) for name, parameter in network.named_parameters()}
+    join_adapters(model, network, torch.bfloat16)
+    assert {name: id(parameter) for name, parameter in network.named_parameters()} == {
+        name: id(parameter) for name, (parameter, _) in before.items()
+    }
+    assert all(torch.equal(parameter, value) for parameter, value in before.values())
+    with Allocations() as made:
+        step(model, network)
+    copied = made.largest >= sum(value.numel() for _, value in before.values()) * 2
+    assert copied == (masters == torch.float32)
+    shared = {adapter.copies[0].data_ptr() == adapter.lora_down.weight.data_ptr() for _, adapter in network.adapters()}
+    assert shared == {not copied}
+
+
+def trained(model: LTXTransformer, network: LoRANetwork, steps: int = 3) -> dict[str, torch.Tensor]:
+    """The state of a network after some steps, with all that writes into parameters on the way."""
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9)
+    shadow = Shadows(network, None, 0.5, 1, on_host=False)
+    for number in range(steps):
+        step(model, network)
+        optimizer.step()
+        network.scale_weight_norms(1.0)
+        shadow.after_step()
+        if number == 1:
+            network.load_state_dict({name: 0.5 * value for name, value in network.state_dict().items()})
+    return {**{name: value.clone() for name, value in network.state_dict().items()}, **shadow.state()}
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+def test_training_on_masters_beside_each_other_gives_the_same(recompute: bool) -> None:
+    expected = trained(*adapted())
+    model, network = adapted()
+    join_adapters(model, network, torch.float32)
+    model.enable_gradient_checkpointing(recompute)
+    actual = trained(model, network)
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, rtol=1e-4, atol=1e-5)
+    assert any(not torch.equal(expected[name], value) for name, value in adapted()[1].state_dict().items())
+
+
+def test_parameters_may_be_elsewhere_for_a_while() -> None:
+    """As those of a teacher are, or all of them after a preview that had the model on the host."""
+    model, network = adapted()
+    streams = tiny.inputs(model.config)
+    join_adapters(model, network, torch.float32)
+    expected, places = step(model, network), [parameter.data_ptr() for parameter in network.parameters()]
+    shadow = Shadows(network, None, 0.5, 1, on_host=False)
+    for value in shadow.values.values():
+        value.zero_()
+    with shadow.in_place(), torch.no_grad():
+        taught = model(**streams)
+    with network.disabled(), torch.no_grad():
+        plain = model(**streams)
+    assert all(torch.equal(*pair) for pair in zip(taught, plain))
+    assert [parameter.data_ptr() for parameter in network.parameters()] == places
+    assert all(torch.equal(*pair) for pair in zip(step(model, network), expected))
+    for parameter in network.parameters():
+        parameter.data = parameter.data.clone()
+    for _ in range(2):
+        assert all(torch.equal(*pair) for pair in zip(step(model, network), expected))
+    assert len({parameter.untyped_storage().data_ptr() for parameter in network.parameters()}) == 1

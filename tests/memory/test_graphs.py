@@ -73,9 +73,12 @@ def test_a_second_forward_before_the_first_backward_is_not_replayed() -> None:
         torch.testing.assert_close(parameter.grad, 2 * wanted, rtol=1e-3, atol=1e-4)
 
 
-def frozen(weights: str, count: int, *, recompute: bool, graphs: bool) -> tuple[LTXTransformer, LoRANetwork, object]:
+def frozen(
+    weights: str, count: int, *, recompute: bool, graphs: bool, masters: torch.dtype = torch.float32
+) -> tuple[LTXTransformer, LoRANetwork, object]:
     """A compiled model with `count` streamed blocks, and its recorder."""
     model, network = blocks.adapted(weights, "cuda", torch.bfloat16)
+    network.to(masters)
     options = MemoryOptions(blocks_to_swap=count, checkpointing=recompute)
     # What is recorded is the question here, not the kernels.
     compilation = CompileOptions(enabled=True, backend="aot_eager")
@@ -100,6 +103,23 @@ def test_streamed_passes_are_recorded_with_their_copies(weights: str, recompute:
                 with torch.no_grad():
                     model(**streams)
         assert len(graphs.recordings) == 1
+
+
+@pytest.mark.parametrize("masters", [torch.float32, torch.bfloat16])
+def test_replayed_passes_read_what_the_optimizer_wrote(masters: torch.dtype) -> None:
+    runs = []
+    for record in (False, True):
+        model, network, graphs = frozen("dense", 1, recompute=True, graphs=record, masters=masters)
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.2)
+        velocities = []
+        for _ in range(6):
+            velocities.append([output.float() for output in blocks.gradients(model, network, "cuda")[:2]])
+            optimizer.step()
+        runs.append(velocities)
+    assert len(graphs.recordings) == 1
+    for first, expected, found in zip(runs[0][0], runs[0][-1], runs[1][-1]):
+        assert (expected - first).norm() > 0.15 * first.norm()
+        assert (found - expected).norm() < 0.05 * first.norm()
 
 
 def test_released_recordings_are_made_again() -> None:

@@ -2,7 +2,8 @@
 
 Adapters keep float32 masters. Cast at each use, they cost a kernel per matrix in forward and another in backward;
 three adapters on q, k and v of one input cost three products where one does. So each pass makes one flat copy of all
-masters in the compute dtype, laid out such that the matrices of a group of adapters are neighbours.
+masters in the compute dtype, laid out such that the matrices of a group of adapters are neighbours. Masters that have
+the compute dtype are laid out like this themselves, and read without a copy.
 
 T tokens, n adapters of a group, r rank.
 """
@@ -140,7 +141,11 @@ class JointProjection:
 
 
 class WorkingCopies:
-    """Copies of all matrices of a network in the compute dtype, made anew by each call; gradients reach the masters."""
+    """What passes read for the matrices of a network: all of them in the compute dtype; gradients reach the masters.
+
+    A call gives the groups copies, or views of the masters where these have the compute dtype. Such masters are moved
+    beside each other: the parameters stay the objects they are, but lie in one flat tensor.
+    """
 
     def __init__(self, groups: Sequence[AdapterGroup], dtype: torch.dtype) -> None:
         self.groups, self.dtype = tuple(groups), dtype
@@ -148,16 +153,36 @@ class WorkingCopies:
         self.shapes = [shape for group in self.groups for shape in group.shapes()]
         self.counts = [len(group.adapters) for group in self.groups for _ in group.shapes()]
         self._leaves: list[Tensor] | None = None
+        if self.masters[0].dtype == dtype:
+            self._flat(settle=True)
 
     def __call__(self) -> None:
+        # Without gradients the parameters may be others' for a while, as those of a teacher: they stay where they are.
+        flat = self._flat(settle=torch.is_grad_enabled())
         if self._leaves is None:
-            tensors = _Copy.apply(self.dtype, self.shapes, self.counts, *self.masters)
+            tensors = _Pieces.apply(flat, self.shapes, self.counts, *self.masters)
         else:
-            tensors = _copied(self.masters, self.dtype, self.shapes)
-            self._leaves[:] = [tensor.requires_grad_() for tensor in tensors]
+            tensors = [tensor.requires_grad_() for tensor in _views(flat, self.shapes)]
+            self._leaves[:] = tensors
         copies = iter(tensors)
         for group in self.groups:
             group.use(next(copies), next(copies))
+
+    @torch.no_grad()
+    def _flat(self, settle: bool) -> Tensor:
+        """All masters side by side in the compute dtype. settle: those of this dtype are to stay in what is made."""
+        flat = _flat_of(self.masters, self.dtype)
+        if flat is not None:
+            return flat
+        flat = torch.empty(
+            sum(master.numel() for master in self.masters), dtype=self.dtype, device=self.masters[0].device
+        )
+        places = _views(flat, [master.shape for master in self.masters])
+        torch._foreach_copy_(places, self.masters)
+        if settle and all(master.dtype == self.dtype for master in self.masters):
+            for master, place in zip(self.masters, places):
+                master.data = place
+        return flat
 
     @contextlib.contextmanager
     def recorded(self) -> Iterator[list[Tensor]]:
@@ -187,16 +212,16 @@ class WorkingCopies:
         return [(master, gradient) for master, gradient in pairs if master.requires_grad]
 
 
-class _Copy(torch.autograd.Function):
-    """Masters -> for each group of them (`counts` masters) one tensor of `shapes`, in a flat copy of another dtype."""
+class _Pieces(torch.autograd.Function):
+    """For each group of masters (`counts` of them) one tensor of `shapes`, out of `flat`, which holds all masters."""
 
     @staticmethod
     def forward(
-        ctx, dtype: torch.dtype, shapes: list[tuple[int, ...]], counts: list[int], *masters: Tensor
+        ctx, flat: Tensor, shapes: list[tuple[int, ...]], counts: list[int], *masters: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.counts, ctx.shapes, ctx.dtype = counts, [master.shape for master in masters], masters[0].dtype
         ctx.set_materialize_grads(False)
-        return tuple(_copied(masters, dtype, shapes))
+        return tuple(_views(flat, shapes))
 
     @staticmethod
     def backward(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -207,27 +232,34 @@ class _Copy(torch.autograd.Function):
                 rows = grad.reshape(count, *ctx.shapes[first])
                 found |= {first + index: rows[index] for index in range(count)}
             first += count
-        shapes = [ctx.shapes[index] for index in found]
-        flat = torch.empty(
-            sum(shape.numel() for shape in shapes), dtype=ctx.dtype, device=next(iter(found.values())).device
-        )
-        results = _views(flat, shapes)
-        torch._foreach_copy_(results, list(found.values()))
-        by_master = dict(zip(found, results))
-        return None, None, None, *(by_master.get(index) for index in range(first))
+        if any(grad.dtype != ctx.dtype for grad in found.values()):
+            shapes = [ctx.shapes[index] for index in found]
+            flat = torch.empty(
+                sum(shape.numel() for shape in shapes), dtype=ctx.dtype, device=next(iter(found.values())).device
+            )
+            results = _views(flat, shapes)
+            torch._foreach_copy_(results, list(found.values()))
+            found = dict(zip(found, results))
+        return None, None, None, *(found.get(index) for index in range(first))
 
 
-@torch.no_grad()
-def _copied(masters: Sequence[Tensor], dtype: torch.dtype, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
-    """One flat copy of all masters in another dtype, as tensors of `shapes`."""
-    flat = torch.empty(sum(master.numel() for master in masters), dtype=dtype, device=masters[0].device)
-    torch._foreach_copy_(_views(flat, [master.shape for master in masters]), list(masters))
-    return _views(flat, shapes)
+def _flat_of(masters: Sequence[Tensor], dtype: torch.dtype) -> Tensor | None:
+    """The tensor of which the masters are the consecutive pieces; None where there is none of this dtype."""
+    address = masters[0].data_ptr()
+    for master in masters:
+        if master.dtype != dtype or master.data_ptr() != address:
+            return None
+        address += master.numel() * dtype.itemsize
+    storage = masters[0].untyped_storage()
+    if address > storage.data_ptr() + storage.nbytes():  # neighbours by chance
+        return None
+    size = sum(master.numel() for master in masters)
+    return masters[0].new_empty(0).set_(storage, masters[0].storage_offset(), (size,))
 
 
 def _views(flat: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
     """Consecutive pieces of a flat tensor that autograd takes for tensors of their own."""
-    result, offset = [], 0
+    result, offset = [], flat.storage_offset()
     for shape in shapes:
         size = torch.Size(shape)
         view = flat.new_empty(0).set_(flat.untyped_storage(), offset, size)
