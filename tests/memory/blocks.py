@@ -39,9 +39,19 @@ def adapted(
     return model.to(device).train(), network.train()
 
 
-def gradients(model: LTXTransformer, network: LoRANetwork, device: str = "cpu") -> list[torch.Tensor]:
-    """Both velocities, and the gradient of every adapter matrix."""
+def gradients(
+    model: LTXTransformer, network: LoRANetwork, device: str = "cpu", between: bool = False
+) -> list[torch.Tensor]:
+    """Both velocities, and the gradient of every adapter matrix.
+
+    Args:
+        between: run the model once more, without gradients, before the backward pass.
+    """
     network.zero_grad(set_to_none=True)
-    outputs = model(**{name: tiny.to(modality, device) for name, modality in tiny.inputs(model.config).items()})
+    streams = {name: tiny.to(modality, device) for name, modality in tiny.inputs(model.config).items()}
+    outputs = model(**streams)
+    if between:
+        with torch.no_grad():
+            model(**streams)
     sum(output.float().square().mean() for output in outputs).backward()
     return [*(output.detach() for output in outputs), *(p.grad.clone() for p in network.parameters())]
