@@ -78,6 +78,19 @@ def test_compiled_parts_give_the_same_step_without_graph_breaks(recompute: bool)
     assert_alike(step(model, network), expected)
 
 
+def test_compiled_gradients_of_the_copies_are_laid_out_like_them() -> None:
+    """One that is not sends the copy to the masters down a slow path, matrix by matrix."""
+    model, network = adapted()
+    copies = join_adapters(model, network, torch.float32)
+    torch._dynamo.reset()
+    compile_blocks(model.transformer_blocks, backend="aot_eager_decomp_partition")
+    with copies.recorded() as leaves:
+        loss = sum(velocity.square().mean() for velocity in model(**tiny.inputs(model.config)))
+        gradients = torch.autograd.grad(loss, leaves)
+    assert all(gradient.is_contiguous() for gradient in gradients)
+    assert any(leaf.dim() == 3 and leaf.shape[0] == 3 for leaf in leaves)
+
+
 def test_dropout_and_differing_ranks_keep_adapters_apart() -> None:
     model = tiny.model()
     layers = select_layers(model, Targets("av", "t2v"))

@@ -13,6 +13,12 @@ from ltx2_tuner.quantization.formats import WeightFormat, freeze
 from tests.models.transformer import tiny
 
 BLOCKS = 4
+FORMATS = {
+    "dense": WeightFormat(),
+    "fp8": WeightFormat("fp8"),
+    "fp8_compute": WeightFormat("fp8", "row", fp8_compute=True, keep_transposed=True),
+    "nf4": WeightFormat("nf4", nf4_block_size=16),
+}
 
 
 def adapted(
@@ -24,12 +30,11 @@ def adapted(
     for parameter in model.parameters():
         parameter.normal_(0, parameter.shape[-1] ** -0.5, generator=generator)
     model.to(dtype)
-    form = WeightFormat(weights, nf4_block_size=16)
     for path, layer in list(model.named_modules()):
         if isinstance(layer, torch.nn.Linear) and is_quantisable(f"{path}.weight", layer.weight.shape):
             parent, _, name = path.rpartition(".")
             bias = None if layer.bias is None else layer.bias.data
-            setattr(model.get_submodule(parent), name, freeze(path, layer.weight.data, bias, form, dtype))
+            setattr(model.get_submodule(parent), name, freeze(path, layer.weight.data, bias, FORMATS[weights], dtype))
     network = LoRANetwork(select_layers(model, Targets("av", "t2v")), 4)
     with torch.no_grad():
         for parameter in network.parameters():

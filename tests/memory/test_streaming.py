@@ -102,21 +102,17 @@ def test_streamed_blocks_are_spread(blocks, count):
     assert not gaps or max(gaps) - min(gaps) <= 1
 
 
-@pytest.mark.parametrize("by_parts", [False, True], ids=["blocks", "parts"])
+@pytest.mark.parametrize("backend", ["aot_eager", "aot_eager_decomp_partition"])
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("weights", ["dense", "fp8", "nf4"])
-def test_compiled_blocks_see_the_weights_that_are_there_in_the_backward_pass(weights, recompute, by_parts):
+def test_compiled_blocks_see_the_weights_that_are_there_in_the_backward_pass(backend, weights, recompute):
     """What a compiled pass saves of a layer must follow it to another buffer of the ring."""
     expected = gradients(*adapted(weights))
     torch._dynamo.reset()
     model, network = adapted(weights)
     model.block_runner = BlockStore(model.transformer_blocks, [0, 1, 3], torch.device("cpu"))
     model.enable_gradient_checkpointing(recompute)
-    if by_parts:
-        compile_blocks(model.transformer_blocks, backend="aot_eager")
-    else:
-        for block in model.transformer_blocks:
-            block.compile(backend="aot_eager", dynamic=False)
+    compile_blocks(model.transformer_blocks, backend=backend)
     for between in (False, True):  # a pass between forward and backward leaves the blocks in other slots
         for found, wanted in zip(gradients(model, network, between=between), expected):
             torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))

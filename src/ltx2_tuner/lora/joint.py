@@ -18,13 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ltx2_tuner.lora.layer import LoRAAdapter, LoRALinear
+from ltx2_tuner.lora.layer import LoRAAdapter, LoRALinear, multiplying_in
 from ltx2_tuner.lora.network import LoRANetwork
 from ltx2_tuner.models.transformer import LTXTransformer
 from ltx2_tuner.models.transformer.attention import Attention
 from ltx2_tuner.models.transformer.model import ATTENTION_TARGETS
 from ltx2_tuner.quantization import FrozenLinear
 from ltx2_tuner.quantization.joint import join
+from ltx2_tuner.quantization.operators import operator
 
 
 @dataclass(eq=False)
@@ -65,27 +66,40 @@ class AdapterGroup:
         """The adapters of x (..., in) added to the outputs (..., out) of their layers."""
         strength = self.strengths[0]
         count = len(self.adapters)
-        with torch.autocast(x.device.type, enabled=False):
+        with multiplying_in(self.down.dtype, x.device.type):
             hidden = F.linear(x.to(self.down.dtype).reshape(-1, x.shape[-1]), self.down)  # (T, n * r)
             if strength != 1.0:
                 hidden = hidden * strength
             hidden = hidden.unflatten(1, (count, -1)).transpose(0, 1)  # (n, T, r)
-            added = _UpProducts.apply(hidden, self.up)  # (n, T, out)
+            multiply = _up_products if torch.compiler.is_compiling() else _UpProducts.apply
+            added = multiply(hidden, self.up)  # (n, T, out)
         return tuple((out + part.view(out.shape)).to(out.dtype) for out, part in zip(outputs, added.unbind()))
 
 
+def _multiply_up(hidden: Tensor, up: Tensor) -> Tensor:
+    """hidden (n, T, r), up (n, out, r) -> (n, T, out)."""
+    return torch.bmm(hidden, up.transpose(1, 2))
+
+
 class _UpProducts(torch.autograd.Function):
-    """hidden (n, T, r), up (n, out, r) -> (n, T, out), with the gradient of `up` in the layout of `up`."""
+    """`_multiply_up` with the gradient of `up` in the layout of `up`."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(hidden, up)
-        return torch.bmm(hidden, up.transpose(1, 2))
+        return _multiply_up(hidden, up)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
         hidden, up = ctx.saved_tensors
         return torch.bmm(grad, up), torch.bmm(grad.transpose(1, 2), hidden)
+
+
+_up_products = operator(
+    _multiply_up,
+    setup=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+    backward=_UpProducts.backward,
+)
 
 
 class JointLinear:

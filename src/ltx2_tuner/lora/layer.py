@@ -14,7 +14,7 @@ Legend: B batch, T tokens, r rank.
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -70,6 +70,12 @@ def _hidden(x: Tensor, down: Tensor, scale: float, mask: Tensor | None) -> Tenso
     if mask is not None:
         hidden = hidden * mask
     return hidden if scale == 1.0 else hidden * scale
+
+
+def multiplying_in(dtype: torch.dtype, device_type: str) -> AbstractContextManager:
+    """Products of factors in `dtype` stay in it. Nothing without need: torch keeps no compilation of a switch."""
+    kept = not torch.is_autocast_enabled(device_type) or torch.get_autocast_dtype(device_type) == dtype
+    return nullcontext() if kept else torch.autocast(device_type, enabled=False)
 
 
 class _Matrix(nn.Module):
@@ -162,7 +168,7 @@ class LoRAAdapter(nn.Module):
             x = x.to(dtype)
             return _AdaptedProduct.apply(x, down, up, base, scale, self._mask(x))
         out = base(x)
-        with torch.autocast(x.device.type, enabled=False) if autocast not in (None, dtype) else nullcontext():
+        with multiplying_in(dtype, x.device.type):
             x = x.to(dtype)
             hidden, mask = F.linear(x, down.to(dtype)), self._mask(x)
             if mask is not None:

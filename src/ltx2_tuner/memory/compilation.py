@@ -1,7 +1,9 @@
 """Compiling the transformer block by block.
 
 All blocks share their code, so one compilation of a part serves all of them; a new bucket shape costs one more. Parts
-are compiled with static shapes: the kernels are faster, and the number of shapes is the number of buckets.
+are compiled with static shapes: the kernels are faster, and the number of shapes is the number of buckets. torch keeps
+compilations in its cache directory for later runs, as long as each graph is of a kind that it keeps: no
+`torch.autograd.Function` in it (see `quantization.operators`), no switch of autocast.
 """
 
 from __future__ import annotations
@@ -10,6 +12,8 @@ import logging
 
 import torch
 from torch import nn
+
+from ltx2_tuner.quantization.operators import open_to_inductor
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +50,7 @@ def compile_blocks(
         cache_entries: compilations kept before torch falls back to eager; too few of them turn a run with many
             buckets into one that compiles for ever.
     """
+    open_to_inductor()
     torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, cache_entries)
     torch._dynamo.config.accumulated_cache_size_limit = max(
         torch._dynamo.config.accumulated_cache_size_limit, len(blocks) * cache_entries

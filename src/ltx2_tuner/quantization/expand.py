@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ltx2_tuner.quantization import fp8, nf4
+from ltx2_tuner.quantization.operators import operator
 
 NF4 = "nf4"
-_FP8 = {str(dtype): dtype for dtype in fp8.FP8_DTYPES}
+FP8 = {str(dtype): dtype for dtype in fp8.FP8_DTYPES}
 
 
 def expand(codes: Tensor, scale: Tensor | None, column_scale: Tensor | None, stored: str, dtype: torch.dtype) -> Tensor:
@@ -29,21 +30,31 @@ def expand(codes: Tensor, scale: Tensor | None, column_scale: Tensor | None, sto
     if stored == NF4:
         dense = nf4.dequantise(codes, scale, wide)
     else:
-        dense = fp8.dequantise(codes.view(_FP8[stored]), scale, wide)
+        dense = fp8.dequantise(codes.view(FP8[stored]), scale, wide)
     return dense if column_scale is None else (dense / column_scale).to(dtype)
 
 
-@torch.library.custom_op("ltx2_tuner::stored_linear", mutates_args=())
-def stored_linear(
+def _stored_linear(
     x: Tensor, codes: Tensor, scale: Tensor | None, column_scale: Tensor | None, bias: Tensor | None, stored: str
 ) -> Tensor:
     """x (..., in) -> (..., out) with the weight that `codes` stand for."""
     return F.linear(x, expand(codes, scale, column_scale, stored, x.dtype), bias)
 
 
-@stored_linear.register_fake
-def _(x, codes, scale, column_scale, bias, stored):
+def _fake(x, codes, scale, column_scale, bias, stored):
     return x.new_empty(*x.shape[:-1], codes.shape[0])
+
+
+def _setup(ctx, inputs, output):
+    _, codes, scale, column_scale, _, ctx.stored = inputs
+    ctx.save_for_backward(codes, scale, column_scale)
+
+
+def _backward(ctx, gradient):
+    return stored_linear_input_gradient(gradient, *ctx.saved_tensors, ctx.stored), None, None, None, None, None
+
+
+stored_linear = operator(_stored_linear, fake=_fake, setup=_setup, backward=_backward)
 
 
 @torch.library.custom_op("ltx2_tuner::stored_linear_input_gradient", mutates_args=())

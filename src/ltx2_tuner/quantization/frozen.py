@@ -14,9 +14,8 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from ltx2_tuner.quantization import fp8
+from ltx2_tuner.quantization import products
 from ltx2_tuner.quantization.expand import NF4, expand, stored_linear, stored_linear_input_gradient
 from ltx2_tuner.quantization.nf4 import Nf4Tensor
 
@@ -24,8 +23,8 @@ from ltx2_tuner.quantization.nf4 import Nf4Tensor
 class FrozenLinear(nn.Linear):
     """A linear layer (in -> out) whose tensors never change.
 
-    Members implement `dense`, `product` and `input_gradient`. All tensors are parameters or buffers of the module;
-    `storage` lists them.
+    Members implement `dense`, `product`, `input_gradient` and `compiled`. All tensors are parameters or buffers of
+    the module; `storage` lists them.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: Tensor | None, dtype: torch.dtype) -> None:
@@ -47,6 +46,10 @@ class FrozenLinear(nn.Linear):
         """Gradient of the output (..., out) -> gradient of the input (..., in)."""
         raise NotImplementedError
 
+    def compiled(self, x: Tensor) -> Tensor:
+        """`product` with its gradient, in operators that suit a compiler."""
+        raise NotImplementedError
+
     def storage(self) -> dict[str, Tensor]:
         """All tensors by their name in the module: what moves when the layer moves."""
         tensors = dict(self.named_parameters(recurse=False)) | dict(self.named_buffers(recurse=False))
@@ -66,7 +69,8 @@ class FrozenLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        return _FrozenProduct.apply(_autocast(x), self)
+        x = _autocast(x)
+        return self.compiled(x) if torch.compiler.is_compiling() else _FrozenProduct.apply(x, self)
 
     def _bias_for(self, x: Tensor) -> Tensor | None:
         return None if self.bias is None else self.bias.to(x.dtype)
@@ -92,10 +96,13 @@ class DenseLinear(FrozenLinear):
         return self.weight.to(dtype)
 
     def product(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.dense(x.dtype), self._bias_for(x))
+        return products.dense_product(x, self.weight, self._bias_for(x))
 
     def input_gradient(self, gradient: Tensor) -> Tensor:
-        return gradient @ self.dense(gradient.dtype)
+        return products.dense_input_gradient(gradient, self.weight)
+
+    def compiled(self, x: Tensor) -> Tensor:
+        return products.dense_linear(x, self.weight, self._bias_for(x))
 
 
 class QuantisedLinear(FrozenLinear):
@@ -136,6 +143,9 @@ class QuantisedLinear(FrozenLinear):
     def input_gradient(self, gradient: Tensor) -> Tensor:
         return stored_linear_input_gradient(gradient, self.codes, self.scale, self.column_scale, self.stored)
 
+    def compiled(self, x: Tensor) -> Tensor:
+        return self.product(x)
+
 
 class Fp8Linear(QuantisedLinear):
     """Weights in fp8 with an optional scale; products in the input's dtype, or on the fp8 tensor cores.
@@ -173,21 +183,17 @@ class Fp8Linear(QuantisedLinear):
     def product(self, x: Tensor) -> Tensor:
         if not self.tensor_cores:
             return super().product(x)
-        codes, scale = fp8.quantise_rows(x.reshape(-1, self.in_features))
-        y = fp8.product(codes, scale, self.codes.view(self.codes_dtype), self.scale, x.dtype)
-        bias = self._bias_for(x)
-        return (y if bias is None else y + bias).view(*x.shape[:-1], self.out_features)
+        return products.fp8_product(x, self.codes, self.scale, self._bias_for(x), self.stored)
 
     def input_gradient(self, gradient: Tensor) -> Tensor:
         if not self.tensor_cores:
             return super().input_gradient(gradient)
-        # The sum runs over the outputs here, so their scales go into the gradient before it is quantised.
-        weighted = gradient.reshape(-1, self.out_features).float() * self.scale.t()
-        codes, scale = fp8.quantise_rows(weighted)
-        transposed = self.codes.t().contiguous() if self.transposed is None else self.transposed  # (in, out)
-        ones = torch.ones(self.in_features, 1, device=gradient.device)
-        x = fp8.product(codes, scale, transposed.view(self.codes_dtype), ones, gradient.dtype)
-        return x.view(*gradient.shape[:-1], self.in_features)
+        return products.fp8_input_gradient(gradient, self.codes, self.scale, self.transposed, self.stored)
+
+    def compiled(self, x: Tensor) -> Tensor:
+        if not self.tensor_cores:
+            return super().compiled(x)
+        return products.fp8_linear(x, self.codes, self.scale, self.transposed, self._bias_for(x), self.stored)
 
 
 class Nf4Linear(QuantisedLinear):

@@ -1,0 +1,80 @@
+"""Products with frozen weights as operators for compiled code, with the gradient of the input alone.
+
+Compilers look into these. Their derivatives refer to the stored tensors themselves, never to a view of one: what a
+compiled pass saves of a layer has to follow it to another place (see `FrozenLinear.rebind`).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ltx2_tuner.quantization import fp8
+from ltx2_tuner.quantization.expand import FP8
+from ltx2_tuner.quantization.operators import operator
+
+
+def dense_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x (..., in), weight (out, in) in any dtype -> (..., out)."""
+    return F.linear(x, weight.to(x.dtype), bias)
+
+
+def dense_input_gradient(gradient: Tensor, weight: Tensor) -> Tensor:
+    """(..., out), weight (out, in) -> (..., in)."""
+    return gradient @ weight.to(gradient.dtype)
+
+
+def fp8_product(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, stored: str) -> Tensor:
+    """x (..., in) -> (..., out) on the fp8 tensor cores.
+
+    Args:
+        codes: (out, in) bytes of fp8 numbers.
+        scale: (out, 1) float32.
+        stored: the name of the fp8 dtype.
+    """
+    rows, row_scale = fp8.quantise_rows(x.reshape(-1, x.shape[-1]))
+    y = fp8.product(rows, row_scale, codes.view(FP8[stored]), scale, x.dtype)
+    return (y if bias is None else y + bias).view(*x.shape[:-1], codes.shape[0])
+
+
+def fp8_input_gradient(
+    gradient: Tensor, codes: Tensor, scale: Tensor, transposed: Tensor | None, stored: str
+) -> Tensor:
+    """(..., out) -> (..., in) on the fp8 tensor cores; `transposed` (in, out) holds the codes, too, where given."""
+    # The sum runs over the outputs here, so their scales go into the gradient before it is quantised.
+    weighted = gradient.reshape(-1, gradient.shape[-1]).float() * scale.t()
+    rows, row_scale = fp8.quantise_rows(weighted)
+    transposed = codes.t().contiguous() if transposed is None else transposed
+    ones = torch.ones(transposed.shape[0], 1, device=gradient.device)
+    x = fp8.product(rows, row_scale, transposed.view(FP8[stored]), ones, gradient.dtype)
+    return x.view(*gradient.shape[:-1], transposed.shape[0])
+
+
+def _setup_dense(ctx, inputs, output):
+    ctx.save_for_backward(inputs[1])
+
+
+def _dense_backward(ctx, gradient):
+    return dense_input_gradient(gradient, *ctx.saved_tensors), None, None
+
+
+dense_linear = operator(dense_product, setup=_setup_dense, backward=_dense_backward)
+
+
+def _fp8_linear(
+    x: Tensor, codes: Tensor, scale: Tensor, transposed: Tensor | None, bias: Tensor | None, stored: str
+) -> Tensor:
+    return fp8_product(x, codes, scale, bias, stored)
+
+
+def _setup_fp8(ctx, inputs, output):
+    _, codes, scale, transposed, _, ctx.stored = inputs
+    ctx.save_for_backward(codes, scale, transposed)
+
+
+def _fp8_backward(ctx, gradient):
+    return fp8_input_gradient(gradient, *ctx.saved_tensors, ctx.stored), None, None, None, None, None
+
+
+fp8_linear = operator(_fp8_linear, setup=_setup_fp8, backward=_fp8_backward)
