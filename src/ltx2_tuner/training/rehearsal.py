@@ -86,6 +86,8 @@ class Arrangement:
 def rehearse(trainer: Trainer, batch: dict, arrangement: Arrangement, optimizer: str) -> None:
     """Run a batch forward and backward; tighten the arrangement until it fits.
 
+    The peak of what fitted stays on record: torch does not see what a recorded pass takes when it is replayed.
+
     Args:
         optimizer: its name, which tells what its state will take.
 
@@ -98,6 +100,8 @@ def rehearse(trainer: Trainer, batch: dict, arrangement: Arrangement, optimizer:
             return
         logger.warning("the largest batch does not fit (%s)", failure.splitlines()[0])
         _forget(trainer)
+        if trainer.run.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(trainer.run.device)
         if not arrangement.tighten():
             raise torch.OutOfMemoryError(failure)
         logger.warning("%s", arrangement.plan.table)
@@ -144,4 +148,3 @@ def _forget(trainer: Trainer) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
