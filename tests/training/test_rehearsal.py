@@ -85,6 +85,20 @@ def test_a_rehearsal_changes_nothing(space, monkeypatch):
     assert same(plain, found)
 
 
+def test_gradients_of_a_step_s_first_pass_are_there_in_its_second(space, monkeypatch):
+    plain = train(space, "--gradient_accumulation_steps", 2)
+    there, rehearse = [], Trainer.rehearse
+
+    def watched(trainer, batch):
+        there.append(any(parameter.grad is not None for parameter in trainer.run.network.parameters()))
+        rehearse(trainer, batch)
+
+    monkeypatch.setattr(Trainer, "rehearse", watched)
+    found = train(space, "--gradient_accumulation_steps", 2, "--vram_budget", 100)
+    assert there == [False, True]
+    assert same(plain, found)
+
+
 def test_a_typed_flag_is_kept_and_the_failure_is_told(space, monkeypatch):
     tried = fail_until(monkeypatch, lambda streamed, recomputed: False)
     with pytest.raises(torch.OutOfMemoryError):

@@ -180,7 +180,7 @@ class EpochLoader:
             collate_fn=_unchanged,
             persistent_workers=persistent_workers and workers > 0,
             multiprocessing_context="spawn" if workers else None,
-            worker_init_fn=_leave_interrupts,
+            worker_init_fn=_leave_requests,
             pin_memory=pin_memory,
             generator=torch.Generator(),  # a pass that begins draws a seed, which nothing here uses
         )
@@ -205,7 +205,7 @@ class EpochLoader:
         return self._sampler.epoch, self._sampler.skip
 
     def _begin(self) -> Iterator[Batch]:
-        with _interrupts_held():
+        with _requests_held():
             return iter(self._loader)
 
 
@@ -226,23 +226,30 @@ class _EpochSampler(Sampler):
 
 
 @contextlib.contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """A Ctrl-C within the block arrives after it; processes started in the block never get one.
+def _requests_held() -> Iterator[None]:
+    """A request to stop (Ctrl-C, SIGTERM) within the block arrives after it; processes started in it never get one.
 
-    A terminal sends it to the loader's processes too, and without them the running step could not be finished.
+    A terminal, `timeout` or a job scheduler sends it to the loader's processes too, and without them the running step
+    could not be finished.
     """
-    if not hasattr(signal, "pthread_sigmask"):  # Windows: `_leave_interrupts` alone
+    if not hasattr(signal, "pthread_sigmask"):  # Windows: `_leave_requests` alone
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _leave_interrupts(_worker: int) -> None:
+def _leave_requests(_worker: int) -> None:
+    """In a loader process: what the run's process group gets is not for it; only the run itself ends it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(os, "setsid"):
+        os.setsid()
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # forgets one that came meanwhile
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _unchanged(batch: Batch) -> Batch:

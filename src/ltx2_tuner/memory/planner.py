@@ -17,6 +17,9 @@ from ltx2_tuner.memory.speed import Speed
 _GIB = 2**30
 # CUDA context, library workspaces, one expanded matrix, fragmentation.
 _RESERVE = 0.8 * _GIB
+# What the backward pass of a recomputed block takes, in what a block keeps that is not: its activations, gradients of
+# them, expanded weights. The full-size model took 1.2 to 1.9 (docs/benchmarks.md).
+_WORKING = 1.6
 _CLEARLY_LESS = 0.97
 _RECOMPUTE_STEPS = 12  # recomputation is chosen in so many portions of the blocks
 
@@ -26,8 +29,9 @@ class Footprint:
     """What a run needs, in bytes.
 
     block: one block's frozen weights; rest: weights outside of blocks; trained: adapters and optimizer state;
-    gradients: of the adapters; kept: activations of a block that is not recomputed; boundary: what stays of one that
-    is; forward: floating point operations of a forward pass; shards: processes that each keep a part of every block.
+    gradients: of the adapters; gradients_wait: whether those of one pass are there while the next one runs; kept:
+    activations of a block that is not recomputed; boundary: what stays of one that is; forward: floating point
+    operations of a forward pass; shards: processes that each keep a part of every block.
     """
 
     blocks: int
@@ -35,6 +39,7 @@ class Footprint:
     rest: int
     trained: int
     gradients: int = 0
+    gradients_wait: bool = False
     kept: int = 0
     boundary: int = 0
     forward: float = 0.0
@@ -54,12 +59,15 @@ class Footprint:
         if self.shards > 1:
             parts["ring for whole blocks"] = ring * self.block
         # The blocks that come first recompute: when the backward pass reaches them, the others' activations are gone.
-        # So a block's activations come on top only where all recompute.
-        working = self.kept if choice.recomputed == self.blocks else 0
+        # So what one block takes comes on top only where all recompute.
+        working = _WORKING * self.kept if choice.recomputed == self.blocks else 0
         kept = self.kept * (self.blocks - choice.recomputed)
         boundaries = self.boundary * (min(choice.recomputed, 2) if choice.offload else choice.recomputed)
-        # Gradients appear while activations go.
-        parts["activations, then gradients"] = working + max(kept + boundaries, self.gradients)
+        if self.gradients_wait:
+            parts["gradients"] = self.gradients
+            parts["activations"] = working + kept + boundaries
+        else:  # gradients appear while activations go
+            parts["activations, then gradients"] = working + max(kept + boundaries, self.gradients)
         return parts
 
     def total(self, choice: Choice, ring: int) -> float:

@@ -73,6 +73,7 @@ def estimate(config: TrainingConfig, sources: Sources, shards: int = 1) -> Footp
         rest=sizes.rest,
         trained=values * (adapter + copies) + moment_bytes(config.optimizer.type, values, adapter),
         gradients=values * adapter,
+        gradients_wait=config.loop.accumulation > 1 or config.regularizers.preservation.active,
         kept=kept_bytes(sources.model, shape, config.dtype.itemsize),
         boundary=boundary_bytes(sources.model, shape, config.dtype.itemsize),
         forward=forward_operations(sources.model, shape, samples),

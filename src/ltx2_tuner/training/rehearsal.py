@@ -109,12 +109,13 @@ def rehearse(trainer: Trainer, batch: dict, arrangement: Arrangement, optimizer:
 
 def _attempt(trainer: Trainer, batch: dict, arrangement: Arrangement, optimizer: str) -> str | None:
     """None, or what the device said. The error itself would keep everything alive that the pass had made."""
-    device = trainer.run.device
+    device, accumulates = trainer.run.device, trainer.run.loop.accumulation > 1
     try:
         with _optimizer_state(trainer, optimizer):
-            for _ in range(_PASSES if arrangement.graphs is not None else 1):
+            for _ in range(_PASSES if arrangement.graphs is not None else 1 + accumulates):
                 trainer.rehearse(batch)
-                trainer.run.optimizer.zero_grad(set_to_none=True)
+                if not accumulates:  # else the gradients of a step's first pass are there during its second
+                    trainer.run.optimizer.zero_grad(set_to_none=True)
     except torch.OutOfMemoryError as error:
         return str(error)
     if device.type == "cuda":

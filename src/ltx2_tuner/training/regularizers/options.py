@@ -29,6 +29,11 @@ class PreservationOptions:
         """Whether a prompt has to be known to the run."""
         return self.blank is not None or self.dop is not None
 
+    @property
+    def active(self) -> bool:
+        """Whether one is on: each has a backward pass of its own."""
+        return any(value is not None for value in (self.blank, self.dop, self.prior_divergence, self.audio_dop))
+
 
 @dataclass(frozen=True)
 class CrepaOptions:
