@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from ltx2_tuner.lora import LoRANetwork
 from ltx2_tuner.memory.compilation import PARTS
 from ltx2_tuner.memory.options import CompileOptions, MemoryOptions
 from ltx2_tuner.memory.prepare import prepare_model
+from ltx2_tuner.models.transformer import LTXTransformer
 from ltx2_tuner.training.acceleration import accelerate
 from tests.memory.blocks import BLOCKS, adapted, gradients
+from tests.models.transformer import tiny
 
 CPU = torch.device("cpu")
 
@@ -29,3 +35,24 @@ def test_all_blocks_share_one_compilation_of_each_part(weights: str, streamed: i
         for pair in zip(gradients(model, network), expected):
             torch.testing.assert_close(*pair, rtol=1e-4, atol=1e-5)
     assert counters["stats"]["unique_graphs"] == len(PARTS)
+
+
+def test_one_more_compilation_serves_all_shapes_but_the_first() -> None:
+    def passes(model: LTXTransformer, network: LoRANetwork) -> Iterator[list[torch.Tensor]]:
+        video = tiny.inputs(model.config, per_token=False)["video"]
+        for tokens in (12, 9, 7, 10):
+            network.zero_grad(set_to_none=True)
+            shorter = {"latent": video.latent[:, :tokens], "positions": video.positions[:, :, :tokens]}
+            model(dataclasses.replace(video, **shorter), None)[0].square().mean().backward()
+            yield [p.grad.clone() for p in network.parameters() if p.grad is not None]
+
+    expected = list(passes(*adapted("dense")))
+    model, network = adapted("dense")
+    torch._dynamo.reset()
+    counters.clear()
+    options = CompileOptions(enabled=True, backend="aot_eager", dynamic=None)
+    prepare_model(model, MemoryOptions(checkpointing=True), options, CPU)
+    for found, wanted in zip(passes(model, network), expected, strict=True):
+        for pair in zip(found, wanted, strict=True):
+            torch.testing.assert_close(*pair, rtol=1e-4, atol=1e-6)
+    assert counters["stats"]["unique_graphs"] == 2 * 2, "two parts of the video stream, twice"

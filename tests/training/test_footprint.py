@@ -8,7 +8,7 @@ import torch
 from ltx2_tuner.cli.config_file import parse_with_config
 from ltx2_tuner.cli.ltx2_train_network import build_parser
 from ltx2_tuner.cli.training_config import training_config
-from ltx2_tuner.training.footprint import estimate
+from ltx2_tuner.training.footprint import batch_shapes, estimate, suited
 from ltx2_tuner.training.sources import Processes, open_sources
 from tests.training.tiny import Clip, make_trainer, write_workspace
 
@@ -32,3 +32,23 @@ def test_the_estimate_matches_the_loaded_model(tmp_path, checkpoint, mode, weigh
     assert found.gradients == 4 * values
     audio = 17 * 32 if mode == "av" else 0
     assert found.boundary == (3 * 2 * 2 * 64 + audio) * 2
+
+
+def test_many_batch_shapes_share_a_compilation_unless_the_user_says_otherwise(tmp_path, checkpoint):
+    clips = [Clip(grid=(frames, 2, 2)) for frames in (1, 2, 3, 4, 5)] + [Clip(grid=(5, 2, 2))]
+    space = write_workspace(tmp_path, checkpoint, clips)
+
+    def shapes(*more):
+        config = training_config(
+            parse_with_config(build_parser(), space.arguments("--ltx2_mode", "video", *more)), "no"
+        )
+        sources = open_sources(config, Processes(torch.device("cpu")))
+        return config.compilation, len(set(batch_shapes(config, sources.training)))
+
+    options, count = shapes()
+    assert count == 5
+    assert options.dynamic is False and suited(options, count).dynamic is None
+    assert suited(options, 3) == options
+    for typed, dynamic in (("false", False), ("true", True), ("auto", None)):
+        options, count = shapes("--compile_dynamic", typed)
+        assert options.dynamic is dynamic and suited(options, count) == options

@@ -92,7 +92,12 @@ def add_attention_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--compile_backend", default="inductor", help="torch.compile backend")
     group.add_argument("--compile_mode", choices=_MODES, default="default", help="torch.compile mode")
-    group.add_argument("--compile_dynamic", choices=("true", "false", "auto"), help="dynamic shapes")
+    group.add_argument(
+        "--compile_dynamic",
+        choices=("true", "false", "auto"),
+        help="shapes that code is made for: any, each its own, any from the second shape on "
+        "(default: false, auto for more than 3 batch shapes)",
+    )
     group.add_argument("--compile_fullgraph", **flag, help="refuse graph breaks")
     group.add_argument("--compile_cache_size_limit", type=int, help="shapes kept compiled")
     group.add_argument("--dynamo_backend", default="NO", help="accelerate's own switch; use --compile")
@@ -321,6 +326,7 @@ def compile_options(args: argparse.Namespace) -> CompileOptions:
         backend=args.compile_backend if args.dynamo_backend.upper() == "NO" else args.dynamo_backend.lower(),
         mode=args.dynamo_mode or args.compile_mode,
         dynamic=True if args.dynamo_dynamic else dynamic,
+        dynamic_typed=args.dynamo_dynamic or args.compile_dynamic is not None,
         fullgraph=args.compile_fullgraph or args.dynamo_fullgraph,
         cache_size_limit=args.compile_cache_size_limit,
     )

@@ -32,11 +32,16 @@ class MemoryOptions:
 
 @dataclass(frozen=True)
 class CompileOptions:
-    """torch.compile per block. enabled None: on for CUDA where it works. dynamic None: torch decides."""
+    """torch.compile per block.
+
+    enabled None: on for CUDA where it works. dynamic: symbolic shapes; None has torch make them so from the second
+    shape on. dynamic_typed: whether the user has said it.
+    """
 
     enabled: bool | None = None
     backend: str = "inductor"
     mode: str = "default"
     dynamic: bool | None = False
+    dynamic_typed: bool = False
     fullgraph: bool = False
     cache_size_limit: int | None = None

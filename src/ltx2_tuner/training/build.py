@@ -20,7 +20,7 @@ from ltx2_tuner.memory.prepare import host_blocks
 from ltx2_tuner.memory.sharding import BlockShards
 from ltx2_tuner.training.balance import AudioBalancer
 from ltx2_tuner.training.base_weights import merge_base_weights
-from ltx2_tuner.training.footprint import largest_batch, moment_bytes, plan_memory, settled
+from ltx2_tuner.training.footprint import batch_shapes, largest_batch, moment_bytes, plan_memory, settled, suited
 from ltx2_tuner.training.guard import NonFiniteGuard
 from ltx2_tuner.training.loftq import LoftQStart, keep_start
 from ltx2_tuner.training.logs import Trackers
@@ -92,10 +92,14 @@ def build(
     loftq = _keep_start(config, base, network, processes)
     adapters_in = _MIXED_PRECISION.get(config.mixed_precision, config.dtype)
     stays = not getattr(sampler, "offloads", False)
+    shapes = len(set(batch_shapes(config, sources.training)))
+    compilation = suited(config.compilation, shapes)
     arrangement = Arrangement(
-        model, network, config.memory, config.compilation, device, adapters_in, plan, shards, hosts, stays=stays
+        model, network, config.memory, compilation, device, adapters_in, plan, shards, hosts, stays=stays
     )
     logger.info("%s", arrangement.prepared)
+    if arrangement.prepared.compiled and compilation != config.compilation:
+        logger.info("%d batch shapes: from the second on, code is compiled once for all of them", shapes)
     data = sources.training.loader(
         rank=processes.rank,
         world_size=processes.count,

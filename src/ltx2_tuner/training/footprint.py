@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from ltx2_tuner.data.batches import TrainingData
 from ltx2_tuner.lora.options import NetworkOptions
 from ltx2_tuner.lora.targets import Targets, select_layers
 from ltx2_tuner.memory.activations import BatchShape, boundary_bytes, forward_operations, kept_bytes
+from ltx2_tuner.memory.options import CompileOptions
 from ltx2_tuner.memory.planner import Footprint, Plan, settle
 from ltx2_tuner.memory.sizes import weight_sizes
 from ltx2_tuner.memory.speed import measure_speed
@@ -26,6 +28,7 @@ _SHARE = 0.95  # of the free memory; the rest is for what other programs take me
 _TEXT_TOKENS = 1024  # of a cached prompt
 _GB = 1e9
 _CONTEXT = 0.5e9  # bytes that CUDA itself takes, outside of the allocator
+_STATIC_SHAPES = 3  # batch shapes that are worth a compilation each
 _CROWDED = 2**30  # bytes that other programs may have before they are mentioned
 
 
@@ -98,7 +101,13 @@ def _adapter_values(model: LTXTransformer, network: NetworkOptions, mode: str) -
 
 def largest_batch(config: TrainingConfig, data: TrainingData) -> tuple[int, BatchShape, int]:
     """Number (in epoch 0), tokens and samples of the batch that needs most memory."""
-    largest, found = 0, (0, BatchShape(0, 0, 0), 1)
+    shapes = enumerate(batch_shapes(config, data))
+    found = max(shapes, key=lambda each: 2 * each[1][0].video + each[1][0].audio, default=(0, (BatchShape(0, 0, 0), 1)))
+    return found[0], *found[1]
+
+
+def batch_shapes(config: TrainingConfig, data: TrainingData) -> Iterator[tuple[BatchShape, int]]:
+    """Tokens and samples of each batch of epoch 0."""
     references = 1 + config.modes.reference_downscale**-2 if config.strategy == "v2v" else 1
     for number in range(len(data) if isinstance(data, TrainingData) else 0):
         items = data.batch_items(0, number)
@@ -108,12 +117,18 @@ def largest_batch(config: TrainingConfig, data: TrainingData) -> tuple[int, Batc
             video = round(frames * height * width * references) * len(items)
         if config.trained_mode != "video":
             audio = max((item.audio_steps or 0) for item in items) * len(items)
-        if 2 * video + audio > largest:
-            largest, found = (
-                2 * video + audio,
-                (number, BatchShape(video, audio, _TEXT_TOKENS * len(items)), len(items)),
-            )
-    return found
+        yield BatchShape(video, audio, _TEXT_TOKENS * len(items)), len(items)
+
+
+def suited(options: CompileOptions, shapes: int) -> CompileOptions:
+    """How blocks are compiled for batches of so many shapes, unless the user has said it.
+
+    Compiling takes its time for each shape. From the second shape on torch can make code for all others, which is a
+    little slower.
+    """
+    if options.dynamic_typed or shapes <= _STATIC_SHAPES:
+        return options
+    return replace(options, dynamic=None)
 
 
 def settled(config: TrainingConfig, plan: Plan | None) -> TrainingConfig:
