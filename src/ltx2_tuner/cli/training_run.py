@@ -27,7 +27,8 @@ from ltx2_tuner.training.build import build, settle_draws
 from ltx2_tuner.training.environment import check_architecture, environment_lines, memory_lines
 from ltx2_tuner.training.inspect import dataset_lines, preflight, show_timesteps
 from ltx2_tuner.training.logs import Trackers
-from ltx2_tuner.training.loop import Run, Trainer
+from ltx2_tuner.training.loop import Trainer
+from ltx2_tuner.training.run import Run
 from ltx2_tuner.training.sources import Processes, Sources, TrainingConfig
 from ltx2_tuner.training.upload import download_state
 

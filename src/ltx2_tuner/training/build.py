@@ -24,7 +24,7 @@ from ltx2_tuner.training.footprint import batch_shapes, largest_batch, moment_by
 from ltx2_tuner.training.guard import NonFiniteGuard
 from ltx2_tuner.training.loftq import LoftQStart, keep_start
 from ltx2_tuner.training.logs import Trackers
-from ltx2_tuner.training.loop import Run, Sampler, Trainer
+from ltx2_tuner.training.loop import Trainer
 from ltx2_tuner.training.metadata import RunMetadata, training_facts
 from ltx2_tuner.training.modes import MODES, Compute, Mode
 from ltx2_tuner.training.modes.streams import Text
@@ -38,6 +38,7 @@ from ltx2_tuner.training.random import seed_default_generators
 from ltx2_tuner.training.regularizers.build import Setting, make_regularizers
 from ltx2_tuner.training.regularizers.prompts import PreservationPrompts, Prompt
 from ltx2_tuner.training.rehearsal import Arrangement, rehearse
+from ltx2_tuner.training.run import Run, Sampler
 from ltx2_tuner.training.saver import RunSaver
 from ltx2_tuner.training.saving import check_free_disk
 from ltx2_tuner.training.schedulers import create_scheduler

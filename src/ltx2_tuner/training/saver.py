@@ -23,7 +23,8 @@ from ltx2_tuner.training.saving import CheckpointWriter, Moment, check_finite, r
 from ltx2_tuner.training.upload import Uploader
 
 if TYPE_CHECKING:
-    from ltx2_tuner.training.loop import Run, Trainer
+    from ltx2_tuner.training.loop import Trainer
+    from ltx2_tuner.training.run import Run
 
 logger = logging.getLogger(__name__)
 

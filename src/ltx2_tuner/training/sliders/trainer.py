@@ -10,9 +10,10 @@ import torch
 from ltx2_tuner.errors import UserError
 from ltx2_tuner.models.transformer import Modality
 from ltx2_tuner.training.draws import Draws
-from ltx2_tuner.training.loop import Run, Trainer
+from ltx2_tuner.training.loop import Trainer
 from ltx2_tuner.training.modes import Prepared
 from ltx2_tuner.training.objective import LossTerms, task_loss
+from ltx2_tuner.training.run import Run
 
 
 class SliderTrainer(Trainer):
