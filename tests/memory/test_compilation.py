@@ -21,8 +21,7 @@ from tests.models.transformer import tiny
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("streamed", [0, BLOCKS - 2], ids=["resident", "streamed"])
-@pytest.mark.parametrize("weights", ["dense", "nf4"])
+@pytest.mark.parametrize(("weights", "streamed"), [("dense", BLOCKS - 2), ("nf4", 0)])
 def test_all_blocks_share_one_compilation_of_each_part(weights: str, streamed: int) -> None:
     model, network = adapted(weights)
     expected = gradients(model, network)

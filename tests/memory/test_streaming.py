@@ -102,9 +102,14 @@ def test_streamed_blocks_are_spread(blocks, count):
     assert not gaps or max(gaps) - min(gaps) <= 1
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "aot_eager_decomp_partition"])
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("weights", ["dense", "fp8", "nf4"])
+COMPILED = [*itertools.product(("aot_eager", "aot_eager_decomp_partition"), ("dense", "fp8", "nf4"), (False, True))]
+QUICK = [("aot_eager", "fp8", False), ("aot_eager_decomp_partition", "dense", True)]
+
+
+@pytest.mark.parametrize(
+    ("backend", "weights", "recompute"),
+    [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in COMPILED if case not in QUICK)],
+)
 def test_compiled_blocks_see_the_weights_that_are_there_in_the_backward_pass(backend, weights, recompute):
     """What a compiled pass saves of a layer must follow it to another buffer of the ring."""
     expected = gradients(*adapted(weights))
