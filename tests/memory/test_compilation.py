@@ -10,7 +10,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from ltx2_tuner.lora import LoRANetwork
-from ltx2_tuner.memory.compilation import PARTS
+from ltx2_tuner.memory.compilation import PARTS, compile_blocks
 from ltx2_tuner.memory.options import CompileOptions, MemoryOptions
 from ltx2_tuner.memory.prepare import prepare_model
 from ltx2_tuner.models.transformer import LTXTransformer
@@ -55,3 +55,12 @@ def test_one_more_compilation_serves_all_shapes_but_the_first() -> None:
         for pair in zip(found, wanted, strict=True):
             torch.testing.assert_close(*pair, rtol=1e-4, atol=1e-6)
     assert counters["stats"]["unique_graphs"] == 2 * 2, "two parts of the video stream, twice"
+
+
+def test_a_user_is_not_reminded_of_what_has_been_checked(caplog: pytest.LogCaptureFixture) -> None:
+    model, network = adapted("dense")
+    torch._dynamo.reset()
+    model.enable_gradient_checkpointing()
+    compile_blocks(model.transformer_blocks[:1], backend="aot_eager")
+    gradients(model, network)
+    assert "context_fn" not in caplog.text

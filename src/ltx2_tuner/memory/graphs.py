@@ -108,6 +108,8 @@ class TrainingGraphs:
         self.streams = streams
         self.anchor = torch.zeros((), requires_grad=True)  # what makes autograd call the backward pass
         self.unfinished: weakref.ref[_Pass] | None = None
+        # The leaves of a recording belong to no other pass, whose stream could differ (torch 2.10 and later warn).
+        getattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch", lambda enabled: None)(False)
         model.forward = self
 
     def remove(self) -> None:

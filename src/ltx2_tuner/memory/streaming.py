@@ -277,7 +277,7 @@ class BlockStore:
         if filled is not None:
             self._host[index] = filled.buffer
             if filled.locked:
-                self._locked.update({index: filled.buffer.data_ptr()})
+                self._locked[index] = filled.buffer.data_ptr()
             else:
                 self._lock(index, filled.buffer)
             return
