@@ -12,7 +12,9 @@ SMALL = ["--layers", "2", "--width_divisor", "32", "--size", "64", "64", "--fram
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["--shard", "--precision", "nf4", "--recompute", "full"]], ids=["replicated", "sharded"]
+    "arguments",
+    [pytest.param([], marks=pytest.mark.slow), ["--shard", "--precision", "nf4", "--recompute", "full"]],
+    ids=["replicated", "sharded"],
 )
 def test_prints_a_line_for_each_number_of_processes(arguments: list[str], capsys) -> None:
     lines = scaling.main(["--gpus", "1", "2", *SMALL, *arguments])

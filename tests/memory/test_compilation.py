@@ -21,7 +21,9 @@ from tests.models.transformer import tiny
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize(("weights", "streamed"), [("dense", BLOCKS - 2), ("nf4", 0)])
+@pytest.mark.parametrize(
+    ("weights", "streamed"), [("dense", BLOCKS - 2), pytest.param("nf4", 0, marks=pytest.mark.slow)]
+)
 def test_all_blocks_share_one_compilation_of_each_part(weights: str, streamed: int) -> None:
     model, network = adapted(weights)
     expected = gradients(model, network)

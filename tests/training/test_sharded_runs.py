@@ -73,7 +73,14 @@ def two_ranks(report: Path, space, *flags: object) -> list[dict]:
 
 
 @pytest.mark.parametrize(
-    ("weights", "recompute"), [("dense", False), ("dense", True), ("fp8", True), ("nf4", False)], ids=str
+    ("weights", "recompute"),
+    [
+        ("dense", True),
+        ("nf4", False),
+        pytest.param("dense", False, marks=pytest.mark.slow),
+        pytest.param("fp8", True, marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_a_sharded_run_is_the_replicated_one(tmp_path, checkpoint, weights, recompute):
     space = write_workspace(tmp_path, checkpoint, CLIPS, validation=(Clip(sound=17), Clip(), Clip(sound=12)))

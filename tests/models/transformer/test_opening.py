@@ -153,7 +153,7 @@ def test_gradients_are_those_of_parts_that_recompute_by_themselves(compiled: boo
         assert all(torch.equal(*pair) for pair in zip(outputs_and_gradients(model), expected))
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"])
 def test_the_second_opening_runs_in_the_autocast_of_the_first(compiled: bool) -> None:
     results = []
     for recompute in (False, True):
@@ -187,6 +187,7 @@ def test_two_passes_may_overlap() -> None:
         torch.testing.assert_close(pair[0], 2 * pair[1])
 
 
+@pytest.mark.slow
 def test_blocks_are_compiled_once_for_both_openings() -> None:
     model = three_blocks(compiled=True)
     model.enable_gradient_checkpointing()
