@@ -67,7 +67,7 @@ def test_joint_projections_give_the_same_step(version: str, recompute: bool) -> 
     assert all(adapter.copies is not None for _, adapter in network.adapters())
 
 
-@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("recompute", [pytest.param(False, marks=pytest.mark.slow), True], ids=["kept", "recomputed"])
 def test_compiled_parts_give_the_same_step_without_graph_breaks(recompute: bool) -> None:
     model, network = adapted()
     expected = step(model, network)
