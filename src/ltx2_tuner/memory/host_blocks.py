@@ -10,19 +10,11 @@ import contextlib
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ltx2_tuner.memory.streaming import bind, host_memory, layout
-
-
-class HostBlock(NamedTuple):
-    """The bytes of a block's matrices as `streaming.layout` places them, and whether CUDA has page-locked them."""
-
-    buffer: Tensor
-    locked: bool
+from ltx2_tuner.memory.streaming import bind, host_memory, layout, page_lock, unlock_all
 
 
 class HostBlocks:
@@ -37,11 +29,12 @@ class HostBlocks:
     def __init__(self, streamed: Sequence[int], device: torch.device, pinned: bool | None = None) -> None:
         self.streamed, self.device = frozenset(streamed), device
         self._wants_pin = device.type == "cuda" and pinned is not False
-        self._filled: dict[int, HostBlock] = {}
+        self._filled: dict[int, Tensor] = {}  # the bytes of a block's matrices as `streaming.layout` places them
+        self._locked: dict[int, int] = {}  # block index -> address, where CUDA has page-locked the memory
         self._moving: Future[None] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="host blocks")
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        weakref.finalize(self, _unlock, self._filled).atexit = False
+        weakref.finalize(self, unlock_all, self._locked).atexit = False
 
     def take(self, index: int, block: nn.Module) -> None:
         """Begin to move a block's matrices when the block taken before has arrived. An `on_block` of the loader."""
@@ -51,13 +44,14 @@ class HostBlocks:
         loaded = None if self._stream is None else torch.cuda.current_stream(self.device).record_event()
         self._moving = self._thread.submit(self._move, index, block, loaded)
 
-    def hand_over(self) -> dict[int, HostBlock]:
-        """What was taken, by block index, when all of it has arrived. It is the caller's from now on."""
+    def hand_over(self) -> tuple[dict[int, Tensor], dict[int, int]]:
+        """Buffers and addresses of the locked ones by block index, when all have arrived: the caller's from now on."""
         self._wait()
         self._thread.shutdown()
-        filled = dict(self._filled)
+        filled, locked = dict(self._filled), dict(self._locked)
         self._filled.clear()
-        return filled
+        self._locked.clear()
+        return filled, locked
 
     def _wait(self) -> None:
         if self._moving is not None:
@@ -72,23 +66,8 @@ class HostBlocks:
             for piece in pieces:
                 piece.view(host).copy_(piece.layer.storage()[piece.name])  # returns when the bytes are there
         bind(pieces, host)
-        self._filled[index] = HostBlock(host, self._lock(host))
-
-    def _lock(self, host: Tensor) -> bool:
-        """Page-lock a buffer in place. After a refusal the block store tries again, and says what it means."""
-        if not self._wants_pin:
-            return False
-        with torch.cuda.device(self.device):
-            self._wants_pin = int(torch.cuda.cudart().cudaHostRegister(host.data_ptr(), host.numel(), 0)) == 0
-            if not self._wants_pin:
-                with contextlib.suppress(RuntimeError):
-                    torch.zeros(1, device=self.device)  # the next kernel is told of the refusal: let it be this one
-        return self._wants_pin
-
-
-def _unlock(filled: dict[int, HostBlock]) -> None:
-    """Release the page locks of blocks that nobody took over."""
-    while filled:
-        block = filled.popitem()[1]
-        if block.locked:
-            torch.cuda.cudart().cudaHostUnregister(block.buffer.data_ptr())
+        self._filled[index] = host
+        # After a refusal the block store tries again, and says what it means.
+        self._wants_pin = self._wants_pin and page_lock(host, self.device) == 0
+        if self._wants_pin:
+            self._locked[index] = host.data_ptr()

@@ -106,13 +106,14 @@ class BlockStore:
         self._host: dict[int, Tensor] = {}
         self._locked: dict[int, int] = {}  # block index -> address of its page-locked memory
         # Memory that is freed while CUDA holds it for locked is trouble for whoever gets its addresses next.
-        weakref.finalize(self, _unlock_all, self._locked).atexit = False
+        weakref.finalize(self, unlock_all, self._locked).atexit = False
         layouts = {index: layout(blocks[index]) for index in self.streamed}
         size = max(total for _, total in layouts.values())
         # The ring is reserved first: near-full memory shows at the start, not at some later step.
         self._slots = [_Slot(torch.empty(size, dtype=torch.uint8, device=device)) for _ in range(ring)]
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._filled = {} if hosts is None else hosts.hand_over()
+        self._filled, locked = ({}, {}) if hosts is None else hosts.hand_over()
+        self._locked.update(locked)
         for index, (pieces, total) in layouts.items():
             self._take(index, blocks[index], pieces, total)
         self._direction = 1
@@ -273,41 +274,30 @@ class BlockStore:
 
     def _keep(self, index: int, pieces: list[_Piece], total: int) -> None:
         """Have a block's matrices in one host buffer."""
-        filled = self._filled.pop(index, None)
-        if filled is not None:
-            self._host[index] = filled.buffer
-            if filled.locked:
-                self._locked[index] = filled.buffer.data_ptr()
-            else:
-                self._lock(index, filled.buffer)
-            return
-        host = host_memory(total)
-        for piece in pieces:
-            piece.view(host).copy_(piece.layer.storage()[piece.name])
+        host = self._filled.pop(index, None)
+        if host is None:
+            host = host_memory(total)
+            for piece in pieces:
+                piece.view(host).copy_(piece.layer.storage()[piece.name])
         self._host[index] = host
-        self._lock(index, host)
+        if index not in self._locked:
+            self._lock(index, host)
 
     def _bring_home(self, index: int) -> None:
         """Give a block matrices of its own on the device."""
-        host = self._host.pop(index)
-        tensors: dict[FrozenLinear, dict[str, Tensor]] = {}
-        for piece in self._pieces.pop(index):
-            tensors.setdefault(piece.layer, {})[piece.name] = piece.view(host).to(self.device, copy=True)
-        for layer, found in tensors.items():
-            layer.rebind(found)
+        bind(self._pieces.pop(index), self._host[index].to(self.device, copy=True))
         self._unlock(index)
+        del self._host[index]
 
     def _lock(self, index: int, host: Tensor) -> None:
-        """Page-lock a buffer in place (torch's own allocator would round its size up to a power of two)."""
+        """Page-lock a block's buffer; after a refusal copies go through small locked buffers."""
         if not self._wants_pin:
             return
-        status = int(torch.cuda.cudart().cudaHostRegister(host.data_ptr(), host.numel(), 0))
+        status = page_lock(host, self.device)
         if status == 0:
             self._locked[index] = host.data_ptr()
             return
         self._wants_pin = False
-        with contextlib.suppress(RuntimeError):
-            torch.zeros(1, device=self.device)  # the next kernel is told of the refusal: let it be this one
         try:
             for slot in self._slots:
                 slot.staging = torch.empty(slot.buffer.numel(), dtype=torch.uint8, pin_memory=True)
@@ -327,12 +317,26 @@ class BlockStore:
 
     def close(self) -> None:
         """Release page locks; the store cannot be used afterwards."""
-        _unlock_all(self._locked)
+        unlock_all(self._locked)
         self._host.clear()
 
 
-def _unlock_all(locked: dict[int, int]) -> None:
-    """Release page locks when nothing copies out of the memory any more."""
+def page_lock(host: Tensor, device: torch.device) -> int:
+    """Page-lock a buffer in place (torch's own allocator would round its size up to a power of two).
+
+    Returns:
+        CUDA's status, 0 for success.
+    """
+    with torch.cuda.device(device):
+        status = int(torch.cuda.cudart().cudaHostRegister(host.data_ptr(), host.numel(), 0))
+        if status:
+            with contextlib.suppress(RuntimeError):
+                torch.zeros(1, device=device)  # the next kernel is told of the refusal: let it be this one
+    return status
+
+
+def unlock_all(locked: dict[int, int]) -> None:
+    """Release page locks (by block index the address) when nothing copies out of the memory any more."""
     if locked:
         torch.cuda.synchronize()
     while locked:
