@@ -55,6 +55,7 @@ def work(rank: int, count: int, port: int, args: argparse.Namespace, shard: bool
     distributed.init_process_group(
         "nccl" if on_cuda else "gloo", rank=rank, world_size=count, device_id=device if on_cuda else None
     )
+    torch.set_num_threads(1)  # as torchrun does: processes that all want every core wait for each other
     torch.manual_seed(0)  # all processes start from the same adapter
     step = ParallelStep(args, device, shard)
     seconds = measure(step, device)

@@ -133,9 +133,8 @@ class LoRAAdapter(nn.Module):
     def initialise(self, generator: torch.Generator) -> None:
         """down uniform in ±1/√in (Kaiming with a = √5), up zeros: the adapter starts as nothing."""
         bound = 1.0 / math.sqrt(self.in_features)
-        values = torch.empty(self.rank, self.in_features).uniform_(-bound, bound, generator=generator)
         with torch.no_grad():
-            self.lora_down.weight.copy_(values)
+            self.lora_down.weight.uniform_(-bound, bound, generator=generator)
             self.lora_up.weight.zero_()
 
     @torch.no_grad()
