@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from ltx2_tuner.side_by_side import empty
 from tests.training.ranks import run_ranks
 from tests.training.tiny import Clip, make_trainer, write_workspace
 
@@ -33,8 +34,13 @@ class Fixed:
         return torch.randn(shape, generator=self._generator)
 
 
-def gradients(arguments: list[str], numbers: list[int]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """What one window of these items leaves after all processes met, and its three norms."""
+def gradients(
+    arguments: list[str], numbers: list[int], joined: bool = False
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """What one window of these items leaves after all processes met, and its three norms.
+
+    joined: the gradients lie side by side, as a recorded pass leaves them.
+    """
     trainer = make_trainer([*arguments, "--gradient_accumulation_steps", str(len(numbers))])
     run = trainer.run
     for _, adapter in run.network.adapters():
@@ -42,6 +48,10 @@ def gradients(arguments: list[str], numbers: list[int]) -> tuple[dict[str, torch
     data = run.data._sampler.data
     for number in numbers:
         trainer._learn(data[0, number], Fixed(number))
+    if joined:
+        parameters = run.gradients.parameters
+        for parameter, place in zip(parameters, empty([p.shape for p in parameters], torch.float32, "cpu")):
+            parameter.grad = place.zero_() if parameter.grad is None else place.copy_(parameter.grad)
     run.gradients.gather(torch.zeros(1), torch.zeros(1))
     found = {
         name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
@@ -68,6 +78,6 @@ def test_two_processes_have_the_gradients_of_one(tmp_path, checkpoint):
 if __name__ == "__main__":
     rank = int(os.environ["RANK"])
     torch.distributed.init_process_group("gloo")
-    tensors, norms = gradients(sys.argv[2:], [rank, rank + 2])
+    tensors, norms = gradients(sys.argv[2:], [rank, rank + 2], joined=rank == 0)
     save_file({**tensors, "norms": norms}, Path(sys.argv[1]) / f"{rank}.safetensors")
     torch.distributed.destroy_process_group()

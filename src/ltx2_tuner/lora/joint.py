@@ -26,6 +26,7 @@ from ltx2_tuner.models.transformer.model import ATTENTION_TARGETS
 from ltx2_tuner.quantization import FrozenLinear
 from ltx2_tuner.quantization.joint import join
 from ltx2_tuner.quantization.operators import operator
+from ltx2_tuner.side_by_side import empty, flat_of, views
 
 
 @dataclass(eq=False)
@@ -176,7 +177,7 @@ class WorkingCopies:
         if self._leaves is None:
             tensors = _Pieces.apply(flat, self.shapes, self.counts, *self.masters)
         else:
-            tensors = [tensor.requires_grad_() for tensor in _views(flat, self.shapes)]
+            tensors = [tensor.requires_grad_() for tensor in views(flat, self.shapes)]
             self._leaves[:] = tensors
         copies = iter(tensors)
         for group in self.groups:
@@ -185,13 +186,13 @@ class WorkingCopies:
     @torch.no_grad()
     def _flat(self, settle: bool) -> Tensor:
         """All masters side by side in the compute dtype. settle: those of this dtype are to stay in what is made."""
-        flat = _flat_of(self.masters, self.dtype)
+        flat = flat_of(self.masters, self.dtype)
         if flat is not None:
             return flat
         flat = torch.empty(
             sum(master.numel() for master in self.masters), dtype=self.dtype, device=self.masters[0].device
         )
-        places = _views(flat, [master.shape for master in self.masters])
+        places = views(flat, [master.shape for master in self.masters])
         torch._foreach_copy_(places, self.masters)
         if settle and all(master.dtype == self.dtype for master in self.masters):
             for master, place in zip(self.masters, places):
@@ -235,7 +236,7 @@ class _Pieces(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.counts, ctx.shapes, ctx.dtype = counts, [master.shape for master in masters], masters[0].dtype
         ctx.set_materialize_grads(False)
-        return tuple(_views(flat, shapes))
+        return tuple(views(flat, shapes))
 
     @staticmethod
     def backward(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -248,38 +249,10 @@ class _Pieces(torch.autograd.Function):
             first += count
         if any(grad.dtype != ctx.dtype for grad in found.values()):
             shapes = [ctx.shapes[index] for index in found]
-            flat = torch.empty(
-                sum(shape.numel() for shape in shapes), dtype=ctx.dtype, device=next(iter(found.values())).device
-            )
-            results = _views(flat, shapes)
+            results = empty(shapes, ctx.dtype, next(iter(found.values())).device)
             torch._foreach_copy_(results, list(found.values()))
             found = dict(zip(found, results))
         return None, None, None, *(found.get(index) for index in range(first))
-
-
-def _flat_of(masters: Sequence[Tensor], dtype: torch.dtype) -> Tensor | None:
-    """The tensor of which the masters are the consecutive pieces; None where there is none of this dtype."""
-    address = masters[0].data_ptr()
-    for master in masters:
-        if master.dtype != dtype or master.data_ptr() != address:
-            return None
-        address += master.numel() * dtype.itemsize
-    storage = masters[0].untyped_storage()
-    if address > storage.data_ptr() + storage.nbytes():  # neighbours by chance
-        return None
-    size = sum(master.numel() for master in masters)
-    return masters[0].new_empty(0).set_(storage, masters[0].storage_offset(), (size,))
-
-
-def _views(flat: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Consecutive pieces of a flat tensor that autograd takes for tensors of their own."""
-    result, offset = [], flat.storage_offset()
-    for shape in shapes:
-        size = torch.Size(shape)
-        view = flat.new_empty(0).set_(flat.untyped_storage(), offset, size)
-        result.append(view)
-        offset += size.numel()
-    return result
 
 
 def join_adapters(model: LTXTransformer, network: LoRANetwork, dtype: torch.dtype, stays: bool = True) -> WorkingCopies:

@@ -28,6 +28,7 @@ from ltx2_tuner.memory.two_streams import TwoStreams
 from ltx2_tuner.models.transformer import LTXTransformer, Modality
 from ltx2_tuner.models.transformer.model import run_block
 from ltx2_tuner.models.transformer.perturbations import Perturbations
+from ltx2_tuner.side_by_side import empty
 
 logger = logging.getLogger(__name__)
 
@@ -270,10 +271,15 @@ class TrainingGraphs:
             found = torch.autograd.grad(present, leaves, gradients, allow_unused=True)
             pairs = self.copies.of_masters(found)
             # Made when the activations are gone, in their memory.
-            self.grads = self.grads or _flat(self.parameters)
+            self.grads = self.grads or self._gradients()
             recording.found = {parameter: self.grads[parameter] for parameter, _ in pairs}
             torch._foreach_copy_(list(recording.found.values()), [gradient for _, gradient in pairs])
         return recording
+
+    def _gradients(self) -> dict[nn.Parameter, Tensor]:
+        """A tensor for the gradient of each parameter, side by side."""
+        first = self.parameters[0]
+        return dict(zip(self.parameters, empty([p.shape for p in self.parameters], first.dtype, first.device)))
 
     @contextlib.contextmanager
     def _recording_into(self, graph: torch.cuda.CUDAGraph, recording: _Recording) -> Iterator[None]:
@@ -331,13 +337,6 @@ def _agree(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> bool:
         sums += torch.stack([(tensor.float() - other).square().sum(), other.square().sum()])
     off, size = sums.tolist()
     return off <= _TOLERANCE**2 * size
-
-
-def _flat(parameters: Sequence[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
-    """A tensor for the gradient of each parameter, side by side."""
-    counts = [parameter.numel() for parameter in parameters]
-    flat = torch.empty(sum(counts), dtype=parameters[0].dtype, device=parameters[0].device)
-    return {parameter: piece.view_as(parameter) for parameter, piece in zip(parameters, flat.split(counts))}
 
 
 def _room() -> int:

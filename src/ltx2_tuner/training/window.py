@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import distributed, nn
 
+from ltx2_tuner.side_by_side import flat_of, views
 from ltx2_tuner.training.losses import StreamLoss
 from ltx2_tuner.training.objective import LossTerms, band_losses
 
@@ -47,7 +48,7 @@ class Gradients:
         self.audio_indices = [index for index, name in enumerate(self.names) if "audio_" in name]
 
     def gather(self, bad: torch.Tensor, stop: torch.Tensor) -> None:
-        """Average the gradients over all processes in one reduction; sum the two flags (1-element) with them.
+        """Average the gradients over all processes in one reduction; tell all whether one of them raised a flag (1,).
 
         Parameters without a gradient here count as zero: another rank's batch may have reached them.
         """
@@ -57,15 +58,18 @@ class Gradients:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         grads = [parameter.grad for parameter in self.parameters]
-        flat = torch.cat([grad.float().flatten() for grad in grads] + [bad.float(), stop.float()])
+        flat = flat_of(grads, torch.float32)  # as recorded passes leave them
+        apart = flat is None
+        if apart:
+            flat = torch.cat([grad.flatten() for grad in grads]).float()
+        flags = torch.cat([bad, stop]).float()
         distributed.all_reduce(flat)
-        bad.copy_(flat[-2:-1] > 0)
-        stop.copy_(flat[-1:] > 0)
+        distributed.all_reduce(flags)
+        bad.copy_(flags[:1] > 0)
+        stop.copy_(flags[1:] > 0)
         flat /= distributed.get_world_size()
-        offset = 0
-        for grad in grads:
-            grad.copy_(flat[offset : offset + grad.numel()].view_as(grad))
-            offset += grad.numel()
+        if apart:
+            torch._foreach_copy_(grads, views(flat, [grad.shape for grad in grads]))
 
     @property
     def present(self) -> bool:
