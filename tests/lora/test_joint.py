@@ -206,7 +206,7 @@ def test_masters_of_the_compute_dtype_are_read_where_they_are(masters: torch.dty
     model, network = adapted()
     model.to(torch.bfloat16), network.to(masters)
     before = {name: (parameter, parameter.detach().clone()) for name, parameter in network.named_parameters()}
-    join_adapters(model, network, torch.bfloat16)
+    join_adapters(model, network, torch.bfloat16, stays=False)
     assert {name: id(parameter) for name, parameter in network.named_parameters()} == {
         name: id(parameter) for name, (parameter, _) in before.items()
     }
@@ -217,6 +217,52 @@ def test_masters_of_the_compute_dtype_are_read_where_they_are(masters: torch.dty
     assert copied == (masters == torch.float32)
     shared = {adapter.copies[0].data_ptr() == adapter.lora_down.weight.data_ptr() for _, adapter in network.adapters()}
     assert shared == {not copied}
+
+
+def frozen_weights(model: LTXTransformer) -> dict[str, torch.Tensor]:
+    """The innermost weight of every linear layer of the blocks."""
+    found = {}
+    for name, module in model.transformer_blocks.named_modules():
+        if isinstance(module, nn.Linear):
+            found[name.replace(".base", "")] = module.weight.detach().clone()
+    return found
+
+
+def test_down_matrices_and_gates_are_rows_of_the_frozen_weights() -> None:
+    """Each pass puts the matrices that it trains there; nothing frozen changes."""
+    model, network = adapted()
+    before, attention = frozen_weights(model), model.transformer_blocks[0].attn1
+    copies = join_adapters(model, network, torch.float32)
+    for _ in range(2):
+        step(model, network)
+        for parameter in network.parameters():
+            parameter.data.mul_(1.5)  # as an optimizer would
+    down = torch.cat([layer.adapter.lora_down.weight for layer in (attention.to_q, attention.to_k, attention.to_v)])
+    (group,) = [group for group in copies.groups if group.adapters[0] is attention.to_q.adapter]
+    step(model, network)
+    assert group.stacked and torch.equal(group.rows, down)
+    weights = [attention.to_q.weight, attention.to_gate_logits.weight, group.rows]
+    assert len({weight.untyped_storage().data_ptr() for weight in weights}) == 1
+    after = frozen_weights(model)
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_pass_without_gradients_leaves_the_rows_to_those_that_need_them() -> None:
+    """A teacher's pass between a student's forward and backward pass must not change the student's gradient."""
+    model, network = adapted()
+    streams = tiny.inputs(model.config)
+    join_adapters(model, network, torch.float32)
+    expected = step(model, network)[2:]
+    network.zero_grad(set_to_none=True)
+    loss = sum(velocity.square().mean() for velocity in model(**streams))
+    shadow = Shadows(network, None, 0.5, 1, on_host=False)
+    for value in shadow.values.values():
+        value.zero_()
+    with shadow.in_place(), torch.no_grad():
+        model(**streams)
+    loss.backward()
+    for parameter, wanted in zip(network.parameters(), expected):
+        torch.testing.assert_close(parameter.grad, wanted, rtol=1e-5, atol=1e-6)
 
 
 def trained(model: LTXTransformer, network: LoRANetwork, steps: int = 3) -> dict[str, torch.Tensor]:

@@ -5,6 +5,10 @@ three adapters on q, k and v of one input cost three products where one does. So
 masters in the compute dtype, laid out such that the matrices of a group of adapters are neighbours. Masters that have
 the compute dtype are laid out like this themselves, and read without a copy.
 
+Frozen weights that are dense and stay where they are go further: the down matrices of a pass are put below them, as the
+last rows of the same weight, and the gates' logits, which need the same input, are rows of it, too. One product gives
+them all, and one gives all of the input's gradient.
+
 T tokens, n adapters of a group, r rank.
 """
 
@@ -23,9 +27,10 @@ from ltx2_tuner.lora.network import LoRANetwork
 from ltx2_tuner.models.transformer import LTXTransformer
 from ltx2_tuner.models.transformer.attention import Attention
 from ltx2_tuner.models.transformer.model import ATTENTION_TARGETS
-from ltx2_tuner.quantization import FrozenLinear
-from ltx2_tuner.quantization.joint import join
+from ltx2_tuner.quantization import DenseLinear, FrozenLinear
+from ltx2_tuner.quantization.joint import first_rows, join
 from ltx2_tuner.quantization.operators import operator
+from ltx2_tuner.quantization.products import PartlyTrainedProduct, partly_trained_linear
 from ltx2_tuner.side_by_side import empty, flat_of, views
 
 
@@ -34,44 +39,56 @@ class AdapterGroup:
     """Adapters (one or more) of equal shape whose layers read the same input.
 
     down (n * r, in) and up (n, out, r) are the working copies of the current pass.
+
+    Attributes:
+        rows: below a frozen weight, where `down` lies in passes with gradients.
+        stacked: whether it lies there in the current pass.
     """
 
     adapters: tuple[LoRAAdapter, ...]
+    rows: Tensor | None = None
     down: Tensor | None = None
     up: Tensor | None = None
+    stacked: bool = False
 
     @property
     def strengths(self) -> tuple[float, ...]:
         """alpha / r times the multiplier of each, 0 for those that are switched off."""
         return tuple(a.multiplier * a.scale if a.is_active else 0.0 for a in self.adapters)
 
-    def masters(self) -> list[nn.Parameter]:
-        """The down matrices, then the up matrices."""
-        return [a.lora_down.weight for a in self.adapters] + [a.lora_up.weight for a in self.adapters]
-
-    def shapes(self) -> tuple[tuple[int, int], tuple[int, int, int]]:
-        """Of `down` and `up`."""
+    def pieces(self) -> tuple[_Piece, _Piece]:
+        """`down` and `up` as working copies."""
         first, count = self.adapters[0], len(self.adapters)
-        return (count * first.rank, first.in_features), (count, first.out_features, first.rank)
+        downs = _Piece([a.lora_down.weight for a in self.adapters], (count * first.rank, first.in_features), self.rows)
+        ups = _Piece([a.lora_up.weight for a in self.adapters], (count, first.out_features, first.rank))
+        return downs, ups
 
-    def use(self, down: Tensor, up: Tensor) -> None:
+    def use(self, down: Tensor | None, up: Tensor | None) -> None:
         self.down, self.up = down, up
+        self.stacked = down is not None and self.rows is not None and down.data_ptr() == self.rows.data_ptr()
         # One by one the adapters multiply only where they are alone or where their strengths differ.
-        matrices = (
-            zip(down.chunk(len(self.adapters)), up.unbind()) if len(self.adapters) > 1 else [(down, up.flatten(0, 1))]
-        )
+        if down is None:
+            matrices = [None] * len(self.adapters)
+        elif len(self.adapters) > 1:
+            matrices = zip(down.chunk(len(self.adapters)), up.unbind())
+        else:
+            matrices = [(down, up.flatten(0, 1))]
         for adapter, copies in zip(self.adapters, matrices):
             adapter.copies = copies
 
     def add(self, x: Tensor, outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The adapters of x (..., in) added to the outputs (..., out) of their layers."""
-        strength = self.strengths[0]
-        count = len(self.adapters)
         with multiplying_in(self.down.dtype, x.device.type):
-            hidden = F.linear(x.to(self.down.dtype).reshape(-1, x.shape[-1]), self.down)  # (T, n * r)
-            if strength != 1.0:
-                hidden = hidden * strength
-            hidden = hidden.unflatten(1, (count, -1)).transpose(0, 1)  # (n, T, r)
+            hidden = F.linear(x.to(self.down.dtype).reshape(-1, x.shape[-1]), self.down)
+        return self.add_up(hidden, outputs)
+
+    def add_up(self, hidden: Tensor, outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The same, given the products (..., n * r) of x and `down`."""
+        strength, count = self.strengths[0], len(self.adapters)
+        if strength != 1.0:
+            hidden = hidden * strength
+        hidden = hidden.reshape(-1, hidden.shape[-1]).unflatten(1, (count, -1)).transpose(0, 1)  # (n, T, r)
+        with multiplying_in(self.up.dtype, hidden.device.type):
             multiply = _up_products if torch.compiler.is_compiling() else _UpProducts.apply
             added = multiply(hidden, self.up)  # (n, T, out)
         return tuple((out + part.view(out.shape)).to(out.dtype) for out, part in zip(outputs, added.unbind()))
@@ -106,28 +123,62 @@ _up_products = operator(
 class JointLinear:
     """Layers of a module that read the same input, as one call.
 
-    They are looked up at each call: adapters may come and go between calls. Weights that `stays` says will not move
-    are joined, too.
+    They are looked up at each call: adapters may come and go between calls.
+
+    Args:
+        stays: False where weights move; then each multiplies by itself, and only adapters are joined.
+        dtype: what adapters multiply in.
+        gates: a layer that reads the same input, if there is one.
     """
 
-    def __init__(self, parent: nn.Module, names: Sequence[str], stays: bool) -> None:
-        self.parent, self.names = parent, tuple(names)
+    def __init__(
+        self, parent: nn.Module, names: Sequence[str], stays: bool, dtype: torch.dtype, gates: nn.Module | None = None
+    ) -> None:
+        self.parent, self.names, self.gates = parent, tuple(names), gates
         layers = [getattr(parent, name) for name in names]
         self.bases = [_base(layer) for layer in layers]
-        self.base: FrozenLinear | None = join(self.bases) if stays else None
         adapters = [layer.adapter for layer in layers if isinstance(layer, LoRALinear) and layer.base is _base(layer)]
         self.group = AdapterGroup(tuple(adapters)) if len(adapters) == len(layers) and _alike(adapters) else None
+        self.base: FrozenLinear | None = None
+        self.stack: DenseLinear | None = None  # the layers, the gates where they fit, and the group's down matrices
+        if stays and self.group is not None:
+            self._stack_up(dtype)
+        if stays and self.base is None:
+            self.base = join(self.bases)
 
-    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
-        """x (..., in) -> the output (..., out) of each layer."""
+    def _stack_up(self, dtype: torch.dtype) -> None:
+        if any(base.weight.dtype != dtype for base in self.bases if isinstance(base, (DenseLinear, nn.Linear))):
+            return
+        count = len(self.group.adapters) * self.group.adapters[0].rank
+        others = [] if self.gates is None else [self.gates]
+        self.stack = join([*self.bases, *others], spare=count)
+        if self.stack is not None:
+            self.base = first_rows(self.stack, sum(base.out_features for base in self.bases))
+            self.group.rows = self.stack.weight.data[-count:]
+
+    def __call__(self, x: Tensor) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        """x (..., in) -> the output (..., out) of each layer, and of the gates."""
         layers = [getattr(self.parent, name) for name in self.names]
+        adds_group = self._adds_group(layers)
+        if adds_group and self.group.stacked and _multiplies_in(x) == self.stack.weight.dtype:
+            return self._stacked(x.to(self.stack.weight.dtype))
+        gates = None if self.gates is None else self.gates(x)
         if self.base is None:
             outputs = [base(x) for base in self.bases]
         else:
             outputs = self.base(x).split([base.out_features for base in self.bases], dim=-1)
-        if self._adds_group(layers):
-            return self.group.add(x, outputs)
-        return tuple(_add_adapters(layer, x, out) for layer, out in zip(layers, outputs))
+        if adds_group:
+            return self.group.add(x, outputs), gates
+        return tuple(_add_adapters(layer, x, out) for layer, out in zip(layers, outputs)), gates
+
+    def _stacked(self, x: Tensor) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        multiply = partly_trained_linear if torch.compiler.is_compiling() else PartlyTrainedProduct.apply
+        together = multiply(x, self.stack.weight, self.stack.bias, self.group.down)
+        sizes = [base.out_features for base in self.bases]
+        sizes += [] if self.gates is None else [self.gates.out_features]
+        *outputs, hidden = together.split([*sizes, self.group.down.shape[0]], dim=-1)
+        gates = None if self.gates is None else outputs.pop()
+        return self.group.add_up(hidden, outputs), gates
 
     def _adds_group(self, layers: Sequence[nn.Module]) -> bool:
         """Whether the group's adapters are the ones in place, and act alike."""
@@ -142,17 +193,66 @@ class JointLinear:
         )
 
 
-class JointProjection:
-    """`Attention.project` with the layers of one input as one: q, k and v of self-attention, k and v of another."""
+class JointAttention:
+    """The projections of an attention with the layers of one input as one.
 
-    def __init__(self, attention: Attention, reads_itself: bool, stays: bool) -> None:
-        self.reads_itself = reads_itself
-        self.joint = JointLinear(attention, ("to_q", "to_k", "to_v") if reads_itself else ("to_k", "to_v"), stays)
+    q, k and v of self-attention, k and v of another; where weights can be stacked, also q and the output by themselves.
+    """
 
-    def __call__(self, attention: Attention, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        if self.reads_itself:
-            return self.joint(x)
-        return (attention.to_q(x), *self.joint(context))
+    def __init__(self, attention: Attention, reads_itself: bool, stays: bool, dtype: torch.dtype) -> None:
+        gates = attention.to_gate_logits
+        names = ("to_q", "to_k", "to_v") if reads_itself else ("to_q",)
+        self.of_x = JointLinear(attention, names, stays, dtype, gates)
+        self.of_context = None if reads_itself else JointLinear(attention, ("to_k", "to_v"), stays, dtype)
+        self.out = JointLinear(attention.to_out, ("0",), stays, dtype)
+        attention.project = self.project
+        if self.out.stack is not None:
+            attention.project_out = self.project_out
+
+    @property
+    def groups(self) -> list[AdapterGroup]:
+        """Adapters that multiply together or with a frozen weight."""
+        joints = [joint for joint in (self.of_x, self.of_context, self.out) if joint is not None]
+        return [joint.group for joint in joints if joint.group is not None and _joins(joint)]
+
+    def project(
+        self, attention: Attention, x: Tensor, context: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """See `Attention.project`."""
+        if self.of_context is None:
+            outputs, gates = self.of_x(x)
+            return (*outputs, gates)
+        keys_values, _ = self.of_context(context)
+        if _joins(self.of_x):
+            (query,), gates = self.of_x(x)
+        else:
+            query, gates = attention.to_q(x), None if self.of_x.gates is None else self.of_x.gates(x)
+        return (query, *keys_values, gates)
+
+    def project_out(self, attention: Attention, x: Tensor) -> Tensor:
+        """See `Attention.project_out`."""
+        (out,), _ = self.out(x)
+        return out
+
+
+def _multiplies_in(x: Tensor) -> torch.dtype:
+    """The dtype of a product of x."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def _joins(joint: JointLinear) -> bool:
+    """Whether there is anything for it to join."""
+    return len(joint.names) > 1 or joint.stack is not None
+
+
+@dataclass(eq=False)
+class _Piece:
+    """Masters that a pass reads as one tensor of `shape`; with gradients it lies in `rows`, if that is given."""
+
+    masters: list[nn.Parameter]
+    shape: tuple[int, ...]
+    rows: Tensor | None = None
 
 
 class WorkingCopies:
@@ -164,40 +264,54 @@ class WorkingCopies:
 
     def __init__(self, groups: Sequence[AdapterGroup], dtype: torch.dtype) -> None:
         self.groups, self.dtype = tuple(groups), dtype
-        self.masters = [master for group in self.groups for master in group.masters()]
-        self.shapes = [shape for group in self.groups for shape in group.shapes()]
-        self.counts = [len(group.adapters) for group in self.groups for _ in group.shapes()]
+        pieces = [piece for group in self.groups for piece in group.pieces()]
+        # Those below frozen weights come last: passes with gradients have no other place for them.
+        self.order = sorted(range(len(pieces)), key=lambda number: pieces[number].rows is not None)
+        self.pieces = [pieces[number] for number in self.order]
+        self.masters = [master for piece in self.pieces for master in piece.masters]
+        self.stacked = [piece for piece in self.pieces if piece.rows is not None]
         self._leaves: list[Tensor] | None = None
         if self.masters[0].dtype == dtype:
-            self._flat(settle=True)
+            self._flat(self.masters, settle=True)
 
     def __call__(self) -> None:
-        # Without gradients the parameters may be others' for a while, as those of a teacher: they stay where they are.
-        flat = self._flat(settle=torch.is_grad_enabled())
+        places = self._places(torch.is_grad_enabled())
         if self._leaves is None:
-            tensors = _Pieces.apply(flat, self.shapes, self.counts, *self.masters)
+            tensors = _Pieces.apply(places, [len(piece.masters) for piece in self.pieces], *self.masters)
         else:
-            tensors = [tensor.requires_grad_() for tensor in views(flat, self.shapes)]
+            tensors = [place.requires_grad_() for place in places]
             self._leaves[:] = tensors
-        copies = iter(tensors)
-        for group in self.groups:
-            group.use(next(copies), next(copies))
+        of_groups = [tensor for _, tensor in sorted(zip(self.order, tensors), key=lambda pair: pair[0])]
+        for group, down, up in zip(self.groups, of_groups[::2], of_groups[1::2]):
+            group.use(down, up)
 
     @torch.no_grad()
-    def _flat(self, settle: bool) -> Tensor:
-        """All masters side by side in the compute dtype. settle: those of this dtype are to stay in what is made."""
-        flat = flat_of(self.masters, self.dtype)
+    def _places(self, with_gradients: bool) -> list[Tensor]:
+        """What this pass reads for each piece."""
+        # Without gradients the parameters may be others' for a while, as those of a teacher: they stay where they are,
+        # and what lies below the frozen weights stays too, for passes whose backward pass is still to come.
+        stacked = self.stacked if with_gradients else []
+        apart = self.pieces[: len(self.pieces) - len(stacked)]
+        # Masters of the compute dtype lie in one tensor, all of them: no copy is made.
+        held = self.pieces if self.masters[0].dtype == self.dtype else apart
+        flat = self._flat([master for piece in held for master in piece.masters], settle=with_gradients)
+        rows = [views(piece.rows, [piece.shape])[0] for piece in stacked]
+        if stacked:
+            parts = [part for piece, place in zip(stacked, rows) for part in place.chunk(len(piece.masters))]
+            torch._foreach_copy_(parts, [master for piece in stacked for master in piece.masters])
+        return views(flat, [piece.shape for piece in apart]) + rows
+
+    def _flat(self, masters: Sequence[nn.Parameter], settle: bool) -> Tensor:
+        """Masters side by side in the compute dtype. settle: those of this dtype are to stay in what is made."""
+        flat = flat_of(masters, self.dtype)
         if flat is not None:
             return flat
-        flat = torch.empty(
-            sum(master.numel() for master in self.masters), dtype=self.dtype, device=self.masters[0].device
-        )
-        places = views(flat, [master.shape for master in self.masters])
-        torch._foreach_copy_(places, self.masters)
-        if settle and all(master.dtype == self.dtype for master in self.masters):
-            for master, place in zip(self.masters, places):
+        places = empty([master.shape for master in masters], self.dtype, masters[0].device)
+        torch._foreach_copy_(places, masters)
+        if settle and all(master.dtype == self.dtype for master in masters):
+            for master, place in zip(masters, places):
                 master.data = place
-        return flat
+        return flat_of(places, self.dtype)
 
     @contextlib.contextmanager
     def recorded(self) -> Iterator[list[Tensor]]:
@@ -212,31 +326,26 @@ class WorkingCopies:
         finally:
             self._leaves = None
             for group in self.groups:
-                group.down = group.up = None
-                for adapter in group.adapters:
-                    adapter.copies = None
+                group.use(None, None)
 
     def of_masters(self, gradients: Sequence[Tensor | None]) -> list[tuple[nn.Parameter, Tensor]]:
         """Gradients of the copies, None where a pass reached none -> trained masters and views of their gradients."""
-        pairs, first = [], 0
-        for gradient, count in zip(gradients, self.counts):
-            masters = self.masters[first : first + count]
+        pairs = []
+        for gradient, piece in zip(gradients, self.pieces):
             if gradient is not None:
-                pairs += zip(masters, gradient.reshape(count, *masters[0].shape).unbind())
-            first += count
+                shape = piece.masters[0].shape
+                pairs += zip(piece.masters, gradient.reshape(len(piece.masters), *shape).unbind())
         return [(master, gradient) for master, gradient in pairs if master.requires_grad]
 
 
 class _Pieces(torch.autograd.Function):
-    """For each group of masters (`counts` of them) one tensor of `shapes`, out of `flat`, which holds all masters."""
+    """`places` as functions of the masters, `counts` of them for each, whose values they hold."""
 
     @staticmethod
-    def forward(
-        ctx, flat: Tensor, shapes: list[tuple[int, ...]], counts: list[int], *masters: Tensor
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx, places: list[Tensor], counts: list[int], *masters: Tensor) -> tuple[Tensor, ...]:
         ctx.counts, ctx.shapes, ctx.dtype = counts, [master.shape for master in masters], masters[0].dtype
         ctx.set_materialize_grads(False)
-        return tuple(views(flat, shapes))
+        return tuple(places)
 
     @staticmethod
     def backward(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -252,7 +361,7 @@ class _Pieces(torch.autograd.Function):
             results = empty(shapes, ctx.dtype, next(iter(found.values())).device)
             torch._foreach_copy_(results, list(found.values()))
             found = dict(zip(found, results))
-        return None, None, None, *(found.get(index) for index in range(first))
+        return None, None, *(found.get(index) for index in range(first))
 
 
 def join_adapters(model: LTXTransformer, network: LoRANetwork, dtype: torch.dtype, stays: bool = True) -> WorkingCopies:
@@ -268,13 +377,9 @@ def join_adapters(model: LTXTransformer, network: LoRANetwork, dtype: torch.dtyp
     for block in model.transformer_blocks:
         for name in ATTENTION_TARGETS["all"]:
             if hasattr(block, name):
-                attention = getattr(block, name)
-                projection = JointProjection(attention, name in ATTENTION_TARGETS["self"], stays)
-                attention.project = projection
-                group = projection.joint.group
-                if group is not None:
-                    groups.append(group)
-                    grouped.update(group.adapters)
+                joint = JointAttention(getattr(block, name), name in ATTENTION_TARGETS["self"], stays, dtype)
+                groups += joint.groups
+                grouped.update(adapter for group in joint.groups for adapter in group.adapters)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # the weights that the joint ones replaced would stay reserved piece by piece
     groups += [AdapterGroup((adapter,)) for _, adapter in network.adapters() if adapter not in grouped]

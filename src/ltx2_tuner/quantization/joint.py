@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from ltx2_tuner.quantization.frozen import DenseLinear, Fp8Linear, FrozenLinear
 
 
-def join(layers: Sequence[nn.Module]) -> FrozenLinear | None:
+def join(layers: Sequence[nn.Module], spare: int = 0) -> FrozenLinear | None:
     """The layer (in -> sum of outs) whose outputs are those of `layers`, one after the other.
+
+    With `spare` as many rows of zeros follow, for whatever else multiplies the same input (dense layers only).
 
     None where that cannot be: another kind than dense or fp8 tensor-core layers, kinds, dtypes or inputs that differ,
     weights that are trained.
@@ -22,12 +24,18 @@ def join(layers: Sequence[nn.Module]) -> FrozenLinear | None:
     if len({_kind(layer) for layer in layers}) > 1 or _kind(layers[0]) is None:
         return None
     if isinstance(layers[0], Fp8Linear):
-        return _join_fp8(layers)
-    weight = torch.cat([layer.weight.data for layer in layers])
-    joint = DenseLinear(weight, _join_biases(layers))
-    for layer, rows in zip(layers, weight.split([layer.out_features for layer in layers])):
+        return None if spare else _join_fp8(layers)
+    first = layers[0].weight.data
+    weight = torch.cat([*(layer.weight.data for layer in layers), first.new_zeros(spare, first.shape[1])])
+    joint = DenseLinear(weight, _join_biases(layers, spare))
+    for layer, rows in zip(layers, weight.split([layer.out_features for layer in layers] + [spare])):
         layer.weight.data = rows
     return joint
+
+
+def first_rows(layer: DenseLinear, count: int) -> DenseLinear:
+    """The layer of the first `count` outputs of another, on the same memory."""
+    return DenseLinear(layer.weight.data[:count], None if layer.bias is None else layer.bias.data[:count])
 
 
 def _kind(layer: nn.Module) -> tuple | None:
@@ -43,8 +51,10 @@ def _kind(layer: nn.Module) -> tuple | None:
     return None
 
 
-def _join_biases(layers: Sequence[nn.Module]) -> Tensor | None:
-    return None if layers[0].bias is None else torch.cat([layer.bias.data for layer in layers])
+def _join_biases(layers: Sequence[nn.Module], spare: int = 0) -> Tensor | None:
+    if layers[0].bias is None:
+        return None
+    return torch.cat([*(layer.bias.data for layer in layers), layers[0].bias.new_zeros(spare)])
 
 
 def _join_fp8(layers: Sequence[Fp8Linear]) -> Fp8Linear:

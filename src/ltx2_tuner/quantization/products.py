@@ -25,6 +25,25 @@ def dense_input_gradient(gradient: Tensor, weight: Tensor) -> Tensor:
     return gradient @ weight.to(gradient.dtype)
 
 
+class PartlyTrainedProduct(torch.autograd.Function):
+    """A dense product with a weight whose last rows are trained; in compiled code it is `partly_trained_linear`.
+
+    x (..., in), weight (out, in), bias (out) or None, `trained` (r, in): another tensor for the weight's last r rows,
+    the one that gets their gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, trained: Tensor) -> Tensor:
+        _setup_partly_trained(ctx, (x, weight, bias, trained), None)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None, Tensor]:
+        x, weight = ctx.saved_tensors
+        rows = gradient[..., -ctx.rows :].reshape(-1, ctx.rows)
+        return gradient @ weight, None, None, rows.t() @ x.reshape(-1, x.shape[-1])
+
+
 def fp8_product(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, stored: str) -> Tensor:
     """x (..., in) -> (..., out) on the fp8 tensor cores.
 
@@ -60,6 +79,21 @@ def _dense_backward(ctx, gradient):
 
 
 dense_linear = operator(dense_product, setup=_setup_dense, backward=_dense_backward)
+
+
+def _partly_trained_product(x: Tensor, weight: Tensor, bias: Tensor | None, trained: Tensor) -> Tensor:
+    return F.linear(x, weight, bias)
+
+
+def _setup_partly_trained(ctx, inputs, output):
+    x, weight, _, trained = inputs
+    ctx.rows = trained.shape[0]
+    ctx.save_for_backward(x, weight)
+
+
+partly_trained_linear = operator(
+    _partly_trained_product, setup=_setup_partly_trained, backward=PartlyTrainedProduct.backward
+)
 
 
 def _fp8_linear(

@@ -15,7 +15,7 @@ from ltx2_tuner.models.transformer.attention_backends import AttentionFunction, 
 from ltx2_tuner.models.transformer.perturbations import Skip
 from ltx2_tuner.models.transformer.rope import RopeTable, apply_rope
 
-Projection = Callable[["Attention", Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor]]
+Projection = Callable[["Attention", Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor, Tensor | None]]
 
 DEFAULT_QUERY_CHUNK = 1024  # tokens
 
@@ -32,17 +32,27 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps).to(x.dtype)
 
 
-def project_each(attention: Attention, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries of x, keys and values of the context, one product each."""
+def project_each(
+    attention: Attention, x: Tensor, context: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Queries of x, keys and values of the context, gate logits of x, one product each."""
     context = x if context is None else context
-    return attention.to_q(x), attention.to_k(context), attention.to_v(context)
+    gates = None if attention.to_gate_logits is None else attention.to_gate_logits(x)
+    return attention.to_q(x), attention.to_k(context), attention.to_v(context), gates
+
+
+def project_out(attention: Attention, x: Tensor) -> Tensor:
+    """The heads' results (B, T, H*D) to what the attention adds (B, T, query_width)."""
+    return attention.to_out[0](x)
 
 
 class Attention(nn.Module):
     """Attention of `query_width` wide tokens to `context_width` wide ones, back to `query_width`.
 
     Attributes:
-        project: queries, keys and values (B, T or S, H*D) of `(attention, x, context)`; context None is x itself.
+        project: queries, keys and values (B, T or S, H*D) and gate logits (B, T, H), None where there are no gates, of
+            `(attention, x, context)`; context None is x itself.
+        project_out: what `(attention, results)` returns of the heads' results.
         attend: the kernel, see `attention_backends`.
         split: None, "batch" (one kernel call per sample) or "query" (groups of `query_chunk` queries).
     """
@@ -61,6 +71,7 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(inner, query_width)])
         self.to_gate_logits = nn.Linear(query_width, heads) if gated else None
         self.project: Projection = project_each
+        self.project_out: Callable[[Attention, Tensor], Tensor] = project_out
         self.attend: AttentionFunction = sdpa
         self.split: str | None = None
         self.query_chunk = DEFAULT_QUERY_CHUNK
@@ -84,8 +95,9 @@ class Attention(nn.Module):
         """
         if skip is not None and skip.keep is None:
             result = self._heads(self.to_v(x if context is None else context))
+            gates = None if self.to_gate_logits is None else self.to_gate_logits(x)
         else:
-            query, key, value = self.project(self, x, context)
+            query, key, value, gates = self.project(self, x, context)
             query, key = self._heads(self.q_norm(query)), self._heads(self.k_norm(key))
             value = self._heads(value)
             if rope is not None:
@@ -93,9 +105,9 @@ class Attention(nn.Module):
             result = self._attend(query, key, value, mask)
             if skip is not None:
                 result = torch.lerp(value, result, skip.keep.unsqueeze(-1))
-        if self.to_gate_logits is not None:
-            result = result * (2 * torch.sigmoid(self.to_gate_logits(x))).unsqueeze(-1)
-        return self.to_out[0](result.flatten(2))
+        if gates is not None:
+            result = result * (2 * torch.sigmoid(gates)).unsqueeze(-1)
+        return self.project_out(self, result.flatten(2))
 
     def _heads(self, x: Tensor) -> Tensor:
         """(B, T, H*D) -> (B, T, H, D)."""
