@@ -140,21 +140,24 @@ class JointLinear:
         adapters = [layer.adapter for layer in layers if isinstance(layer, LoRALinear) and layer.base is _base(layer)]
         self.group = AdapterGroup(tuple(adapters)) if len(adapters) == len(layers) and _alike(adapters) else None
         self.base: FrozenLinear | None = None
-        self.stack: DenseLinear | None = None  # the layers, the gates where they fit, and the group's down matrices
+        self.stack: DenseLinear | None = None  # the layers where they fit, the gates, and the group's down matrices
+        self.stacked: list[nn.Module] = []  # what else than down matrices is in it
         if stays and self.group is not None:
             self._stack_up(dtype)
-        if stays and self.base is None:
+        if stays and self.base is None and len(self.bases) > 1:
             self.base = join(self.bases)
 
     def _stack_up(self, dtype: torch.dtype) -> None:
-        if any(base.weight.dtype != dtype for base in self.bases if isinstance(base, (DenseLinear, nn.Linear))):
-            return
         count = len(self.group.adapters) * self.group.adapters[0].rank
-        others = [] if self.gates is None else [self.gates]
-        self.stack = join([*self.bases, *others], spare=count)
-        if self.stack is not None:
-            self.base = first_rows(self.stack, sum(base.out_features for base in self.bases))
-            self.group.rows = self.stack.weight.data[-count:]
+        gates = [] if self.gates is None else [self.gates]
+        for layers in ([*self.bases, *gates], gates):  # quantised layers multiply by themselves
+            dense = all(type(layer) in (nn.Linear, DenseLinear) and layer.weight.dtype == dtype for layer in layers)
+            if layers and dense and (stack := join(layers, spare=count)) is not None:
+                self.stack, self.stacked = stack, layers
+                self.group.rows = stack.weight.data[-count:]
+                if layers is not gates:
+                    self.base = first_rows(stack, sum(base.out_features for base in self.bases))
+                return
 
     def __call__(self, x: Tensor) -> tuple[tuple[Tensor, ...], Tensor | None]:
         """x (..., in) -> the output (..., out) of each layer, and of the gates."""
@@ -163,22 +166,23 @@ class JointLinear:
         if adds_group and self.group.stacked and _multiplies_in(x) == self.stack.weight.dtype:
             return self._stacked(x.to(self.stack.weight.dtype))
         gates = None if self.gates is None else self.gates(x)
-        if self.base is None:
-            outputs = [base(x) for base in self.bases]
-        else:
-            outputs = self.base(x).split([base.out_features for base in self.bases], dim=-1)
+        outputs = self._frozen(x)
         if adds_group:
             return self.group.add(x, outputs), gates
         return tuple(_add_adapters(layer, x, out) for layer, out in zip(layers, outputs)), gates
 
+    def _frozen(self, x: Tensor) -> Sequence[Tensor]:
+        if self.base is None:
+            return [base(x) for base in self.bases]
+        return self.base(x).split([base.out_features for base in self.bases], dim=-1)
+
     def _stacked(self, x: Tensor) -> tuple[tuple[Tensor, ...], Tensor | None]:
         multiply = partly_trained_linear if torch.compiler.is_compiling() else PartlyTrainedProduct.apply
         together = multiply(x, self.stack.weight, self.stack.bias, self.group.down)
-        sizes = [base.out_features for base in self.bases]
-        sizes += [] if self.gates is None else [self.gates.out_features]
+        sizes = [layer.out_features for layer in self.stacked]
         *outputs, hidden = together.split([*sizes, self.group.down.shape[0]], dim=-1)
         gates = None if self.gates is None else outputs.pop()
-        return self.group.add_up(hidden, outputs), gates
+        return self.group.add_up(hidden, outputs or self._frozen(x)), gates
 
     def _adds_group(self, layers: Sequence[nn.Module]) -> bool:
         """Whether the group's adapters are the ones in place, and act alike."""
