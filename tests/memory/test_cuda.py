@@ -48,16 +48,17 @@ def test_streaming_is_bit_equal(weights: str, recompute: bool) -> None:
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("weights", ["dense", "fp8", "nf4"])
 def test_compiled_streaming_is_close(weights: str, recompute: bool) -> None:
-    model, network = on_gpu(weights)
+    """In float32: compiled code rounds to bf16 in fewer places."""
+    model, network = adapted(weights, "cuda", torch.float32)
     expected = gradients(model, network, "cuda")
     torch._dynamo.reset()
-    model, network = on_gpu(weights)
+    model, network = adapted(weights, "cuda", torch.float32)
     options = MemoryOptions(blocks_to_swap=BLOCKS - 1, checkpointing=recompute)
     assert prepare_model(model, options, CompileOptions(enabled=True), CUDA).compiled
     for _ in range(3):
         for found, wanted in zip(gradients(model, network, "cuda"), expected):
             error = (found.float() - wanted.float()).norm() / wanted.float().norm().clamp(min=1e-6)
-            assert error < 2e-2
+            assert error < 1e-4
 
 
 def test_passes_with_and_without_gradients_alternate() -> None:

@@ -180,9 +180,11 @@ class JointLinear:
         multiply = partly_trained_linear if torch.compiler.is_compiling() else PartlyTrainedProduct.apply
         together = multiply(x, self.stack.weight, self.stack.bias, self.group.down)
         sizes = [layer.out_features for layer in self.stacked]
-        *outputs, hidden = together.split([*sizes, self.group.down.shape[0]], dim=-1)
-        gates = None if self.gates is None else outputs.pop()
-        return self.group.add_up(hidden, outputs or self._frozen(x)), gates
+        parts = together.split(
+            [*sizes, self.group.down.shape[0]], dim=-1
+        )  # no starred target: torch 2.11 trips over it
+        outputs = parts[: len(self.bases)] if self.stacked[0] is self.bases[0] else self._frozen(x)
+        return self.group.add_up(parts[-1], outputs), None if self.gates is None else parts[-2]
 
     def _adds_group(self, layers: Sequence[nn.Module]) -> bool:
         """Whether the group's adapters are the ones in place, and act alike."""
