@@ -33,6 +33,8 @@ from ltx2_tuner.quantization.operators import operator
 from ltx2_tuner.quantization.products import PartlyTrainedProduct, partly_trained_linear
 from ltx2_tuner.side_by_side import empty, flat_of, views
 
+_ALIGNMENT = 128  # bytes of a row: torch's compiler pads others, and then cuBLAS does not add the bias by itself
+
 
 @dataclass(eq=False)
 class AdapterGroup:
@@ -142,6 +144,7 @@ class JointLinear:
         self.base: FrozenLinear | None = None
         self.stack: DenseLinear | None = None  # the layers where they fit, the gates, and the group's down matrices
         self.stacked: list[nn.Module] = []  # what else than down matrices is in it
+        self.unused = 0  # rows between these and the down matrices
         if stays and self.group is not None:
             self._stack_up(dtype)
         if stays and self.base is None and len(self.bases) > 1:
@@ -149,11 +152,13 @@ class JointLinear:
 
     def _stack_up(self, dtype: torch.dtype) -> None:
         count = len(self.group.adapters) * self.group.adapters[0].rank
+        step = _ALIGNMENT // dtype.itemsize
         gates = [] if self.gates is None else [self.gates]
         for layers in ([*self.bases, *gates], gates):  # quantised layers multiply by themselves
             dense = all(type(layer) in (nn.Linear, DenseLinear) and layer.weight.dtype == dtype for layer in layers)
-            if layers and dense and (stack := join(layers, spare=count)) is not None:
-                self.stack, self.stacked = stack, layers
+            unused = -(sum(layer.out_features for layer in layers) + count) % step
+            if layers and dense and (stack := join(layers, spare=unused + count)) is not None:
+                self.stack, self.stacked, self.unused = stack, layers, unused
                 self.group.rows = stack.weight.data[-count:]
                 if layers is not gates:
                     self.base = first_rows(stack, sum(base.out_features for base in self.bases))
@@ -179,12 +184,11 @@ class JointLinear:
     def _stacked(self, x: Tensor) -> tuple[tuple[Tensor, ...], Tensor | None]:
         multiply = partly_trained_linear if torch.compiler.is_compiling() else PartlyTrainedProduct.apply
         together = multiply(x, self.stack.weight, self.stack.bias, self.group.down)
-        sizes = [layer.out_features for layer in self.stacked]
-        parts = together.split(
-            [*sizes, self.group.down.shape[0]], dim=-1
-        )  # no starred target: torch 2.11 trips over it
+        sizes = [layer.out_features for layer in self.stacked] + ([self.unused] if self.unused else [])
+        parts = together.split([*sizes, self.group.down.shape[0]], dim=-1)
         outputs = parts[: len(self.bases)] if self.stacked[0] is self.bases[0] else self._frozen(x)
-        return self.group.add_up(parts[-1], outputs), None if self.gates is None else parts[-2]
+        gates = None if self.gates is None else parts[len(self.stacked) - 1]
+        return self.group.add_up(parts[-1], outputs), gates
 
     def _adds_group(self, layers: Sequence[nn.Module]) -> bool:
         """Whether the group's adapters are the ones in place, and act alike."""

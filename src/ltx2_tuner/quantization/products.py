@@ -41,7 +41,8 @@ class PartlyTrainedProduct(torch.autograd.Function):
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None, Tensor]:
         x, weight = ctx.saved_tensors
         rows = gradient[..., -ctx.rows :].reshape(-1, ctx.rows)
-        return gradient @ weight, None, None, rows.t() @ x.reshape(-1, x.shape[-1])
+        of_x = gradient @ weight if ctx.needs_input_grad[0] else None
+        return of_x, None, None, rows.t() @ x.reshape(-1, x.shape[-1])
 
 
 def fp8_product(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, stored: str) -> Tensor:
