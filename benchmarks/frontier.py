@@ -1,7 +1,7 @@
 """Seconds of a training step against a budget of device memory, at full size, with the planner choosing.
 
-A process for each precision, which goes through the budgets under the allocator's limit; one JSON line each. Then
-`--draw` makes the picture.
+A process for each precision, which goes through the budgets from the largest down, under the allocator's limit; one
+JSON line each. Then `--draw` makes the picture.
 
 python benchmarks/frontier.py --budgets 8 12 16 24 32 48 80 140 --precisions bf16 fp8 nf4 > frontier.jsonl
 python benchmarks/frontier.py --draw frontier.jsonl docs/frontier.png
@@ -28,7 +28,7 @@ from ltx2_tuner.lora import Targets, select_layers
 from ltx2_tuner.memory.activations import BatchShape, boundary_bytes, forward_operations, kept_bytes
 from ltx2_tuner.memory.options import CompileOptions, MemoryOptions
 from ltx2_tuner.memory.planner import Footprint, Plan, settle
-from ltx2_tuner.memory.prepare import prepare_model
+from ltx2_tuner.memory.prepare import prepare_model, rearrange
 from ltx2_tuner.memory.sizes import weight_sizes
 from ltx2_tuner.memory.speed import measure_speed
 from ltx2_tuner.models.transformer import LTXTransformer
@@ -67,52 +67,77 @@ class PlannedStep(train_step.Step):
 
     def __init__(self, args: argparse.Namespace, device: torch.device, plan: Plan) -> None:
         args.blocks_to_swap = plan.options.blocks_to_swap  # where the weights are made
-        self.options = plan.options
+        self.args, self.device, self.options = args, device, plan.options
         super().__init__(args, device)
 
     def prepare(self, args: argparse.Namespace, device: torch.device) -> None:
         """Attention, recomputation, streaming and compilation as planned."""
         self.plan = prepare_model(self.model, self.options, CompileOptions(enabled=args.compile), device)
+        self.accelerate()
+
+    def accelerate(self) -> None:
+        """Recorded passes, as the trainer has them."""
         self.graphs = None
-        if device.type == "cuda":
+        if self.device.type == "cuda":
             self.graphs = accelerate(self.model, self.network, self.plan, torch.bfloat16)
 
+    def follow(self, plan: Plan) -> None:
+        """Another plan that needs less memory, as the trainer takes it."""
+        if plan.options == self.options:
+            return
+        if self.graphs is not None:
+            self.graphs.remove()
+        self.options = plan.options
+        self.plan = rearrange(self.model, self.plan, plan.options, self.device)
+        self.accelerate()
 
-def measure(args: argparse.Namespace, budget_gb: float) -> dict[str, object]:
-    """One point; `sec` is None where nothing fits the budget."""
-    device = torch.device(args.device)
-    on_cuda = device.type == "cuda"
-    _clear(device)
-    if on_cuda:
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, max(budget_gb * GB - CONTEXT, 0) / total), device)
-    plan = settle(
-        MemoryOptions(), footprint(args, train_step.configuration(args)), budget_gb * GB, measure_speed(device)
-    )
-    failures = 0
-    while plan is not None:
-        seconds = _attempt(args, device, plan)
-        if seconds is not None:
-            return _line(args, budget_gb, plan, seconds, failures)
-        failures += 1
-        plan = plan.tighter()
-        _clear(device)
-    return _line(args, budget_gb, None, None, failures)
+
+class Frontier:
+    """The budgets of one precision, from the largest down, with one model."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.device = args, torch.device(args.device)
+        self.footprint = footprint(args, train_step.configuration(args))
+        self.speed = measure_speed(self.device)
+        self.step: PlannedStep | None = None
+
+    def measure(self, budget_gb: float) -> dict[str, object]:
+        """One point; `sec` is None where nothing fits the budget."""
+        _clear(self.device)
+        if self.device.type == "cuda":
+            total = torch.cuda.get_device_properties(self.device).total_memory
+            fraction = min(1.0, max(budget_gb * GB - CONTEXT, 0) / total)
+            torch.cuda.set_per_process_memory_fraction(fraction, self.device)
+        plan = settle(MemoryOptions(), self.footprint, budget_gb * GB, self.speed)
+        failures = 0
+        while plan is not None:
+            seconds = self._attempt(plan)
+            if seconds is not None:
+                return _line(self.args, budget_gb, plan, seconds, failures)
+            failures += 1
+            _clear(self.device)
+            plan = plan.tighter()
+        return _line(self.args, budget_gb, None, None, failures)
+
+    def _attempt(self, plan: Plan) -> float | None:
+        try:
+            if self.step is None:
+                self.step = PlannedStep(self.args, self.device, plan)
+            else:
+                self.step.network.zero_grad(set_to_none=True)
+                self.step.follow(plan)
+            _clear(self.device)
+            return train_step.measure(self.step, self.device)
+        except torch.OutOfMemoryError:
+            return None
 
 
 def _clear(device: torch.device) -> None:
-    """Free what the last step left."""
+    """Free what the last pass left, and forget its peak."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-
-
-def _attempt(args: argparse.Namespace, device: torch.device, plan: Plan) -> float | None:
-    try:
-        return train_step.measure(PlannedStep(args, device, plan), device)
-    except torch.OutOfMemoryError:
-        return None
 
 
 def _line(
@@ -197,13 +222,10 @@ def main(argv: list[str] | None = None) -> int:
             place = ["--here", *budgets, "--precisions", precision, "--", *args.more]
             subprocess.run([sys.executable, __file__, *place], check=False)
             continue
-        for budget in args.budgets:
-            print(json.dumps(measure(_step_arguments(precision, args.more), budget)), flush=True)
+        frontier = Frontier(train_step.parse_arguments(["--precision", precision, *args.more]))
+        for budget in sorted(args.budgets, reverse=True):
+            print(json.dumps(frontier.measure(budget)), flush=True)
     return 0
-
-
-def _step_arguments(precision: str, more: list[str]) -> argparse.Namespace:
-    return train_step.parse_arguments(["--precision", precision, *more])
 
 
 if __name__ == "__main__":

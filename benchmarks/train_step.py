@@ -204,9 +204,13 @@ class Step:
     def average(self) -> None:
         """Between backward and clipping; nothing in one process."""
 
-    def __call__(self) -> torch.Tensor:
+    def loss(self) -> torch.Tensor:
+        """Of a forward pass."""
         velocities = dict(zip(("video", "audio"), self.model(self.inputs["video"], self.inputs["audio"])))
-        loss = sum((velocities[name].float() - target).square().mean() for name, target in self.targets.items())
+        return sum((velocities[name].float() - target).square().mean() for name, target in self.targets.items())
+
+    def __call__(self) -> torch.Tensor:
+        loss = self.loss()
         loss.backward()
         self.average()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0, foreach=True)

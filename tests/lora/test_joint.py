@@ -10,10 +10,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ltx2_tuner.lora import LoRALinear, LoRANetwork, Targets, select_layers
 from ltx2_tuner.lora.joint import WorkingCopies, join_adapters
 from ltx2_tuner.memory.compilation import compile_blocks
+from ltx2_tuner.memory.streaming import BlockStore
 from ltx2_tuner.models.transformer import LTXTransformer
 from ltx2_tuner.quantization import Fp8Linear
 from ltx2_tuner.quantization.formats import WeightFormat, freeze
 from ltx2_tuner.training.regularizers.ema import Shadows
+from tests.memory import blocks
 from tests.models.transformer import tiny
 
 
@@ -206,7 +208,7 @@ def test_masters_of_the_compute_dtype_are_read_where_they_are(masters: torch.dty
     model, network = adapted()
     model.to(torch.bfloat16), network.to(masters)
     before = {name: (parameter, parameter.detach().clone()) for name, parameter in network.named_parameters()}
-    join_adapters(model, network, torch.bfloat16, stays=False)
+    join_adapters(model, network, torch.bfloat16)
     assert {name: id(parameter) for name, parameter in network.named_parameters()} == {
         name: id(parameter) for name, (parameter, _) in before.items()
     }
@@ -245,6 +247,26 @@ def test_down_matrices_and_gates_are_rows_of_the_frozen_weights() -> None:
     assert len({weight.untyped_storage().data_ptr() for weight in weights}) == 1
     after = frozen_weights(model)
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("streamed", [(), (0, 2)], ids=["resident", "streamed"])
+@pytest.mark.parametrize("weights", ["dense", "fp8", "fp8_compute", "nf4"])
+def test_quantised_weights_are_expanded_above_the_down_matrices(weights: str, streamed: tuple[int, ...]) -> None:
+    model, network = blocks.adapted(weights)
+    expected = blocks.gradients(model, network)
+    if streamed:
+        model.block_runner = BlockStore(model.transformer_blocks, streamed, torch.device("cpu"))
+    copies = join_adapters(model, network, torch.float32, streamed=bool(streamed))
+    for _ in range(2):
+        found = blocks.gradients(model, network, between=True)
+        for name, pair in enumerate(zip(found, expected)):
+            # A joint gradient in fp8 is quantised with one scale for q, k and v.
+            assert torch.nn.functional.cosine_similarity(*(t.flatten() for t in pair), dim=0) > 0.99, name
+            if weights != "fp8_compute":
+                torch.testing.assert_close(*pair, rtol=1e-4, atol=1e-5)
+    groups = [group for group in copies.groups if group.stacked]
+    alone = weights == "fp8_compute" or (weights == "dense" and streamed)  # then only gates have them for neighbours
+    assert len(groups) == blocks.BLOCKS * (6 if alone else 6 + 6 + 4)
 
 
 def test_a_pass_without_gradients_leaves_the_rows_to_those_that_need_them() -> None:
@@ -297,6 +319,7 @@ def test_parameters_may_be_elsewhere_for_a_while() -> None:
     streams = tiny.inputs(model.config)
     join_adapters(model, network, torch.float32)
     expected, places = step(model, network), [parameter.data_ptr() for parameter in network.parameters()]
+    storages = len({parameter.untyped_storage().data_ptr() for parameter in network.parameters()})
     shadow = Shadows(network, None, 0.5, 1, on_host=False)
     for value in shadow.values.values():
         value.zero_()
@@ -311,4 +334,4 @@ def test_parameters_may_be_elsewhere_for_a_while() -> None:
         parameter.data = parameter.data.clone()
     for _ in range(2):
         assert all(torch.equal(*pair) for pair in zip(step(model, network), expected))
-    assert len({parameter.untyped_storage().data_ptr() for parameter in network.parameters()}) == 1
+    assert len({parameter.untyped_storage().data_ptr() for parameter in network.parameters()}) == storages

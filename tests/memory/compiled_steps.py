@@ -35,7 +35,7 @@ def results(case: str, backend: object, streams: tuple[str, ...] = ("video", "au
     dtype = torch.bfloat16 if "autocast" in switches else torch.float32
     network.set_compute_dtype(dtype)
     if "joint" in switches:
-        join_adapters(model, network, dtype, stays=not streamed)
+        join_adapters(model, network, dtype, streamed=bool(streamed))
     model.enable_gradient_checkpointing(recompute != "none", keep_products=recompute == "cheap")
     if backend is not None:
         torch._dynamo.reset()

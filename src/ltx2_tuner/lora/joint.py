@@ -5,9 +5,9 @@ three adapters on q, k and v of one input cost three products where one does. So
 masters in the compute dtype, laid out such that the matrices of a group of adapters are neighbours. Masters that have
 the compute dtype are laid out like this themselves, and read without a copy.
 
-Frozen weights that are dense and stay where they are go further: the down matrices of a pass are put below them, as the
-last rows of the same weight, and the gates' logits, which need the same input, are rows of it, too. One product gives
-them all, and one gives all of the input's gradient.
+The down matrices of a pass go further: they are put below the frozen weights of the same input, as the last rows of one
+matrix, and the weights of the gates, which read that input too, lie between. One product gives everything, and one
+gives all of the input's gradient. Quantised weights are expanded into such a matrix for each product.
 
 T tokens, n adapters of a group, r rank.
 """
@@ -28,7 +28,8 @@ from ltx2_tuner.models.transformer import LTXTransformer
 from ltx2_tuner.models.transformer.attention import Attention
 from ltx2_tuner.models.transformer.model import ATTENTION_TARGETS
 from ltx2_tuner.quantization import DenseLinear, FrozenLinear
-from ltx2_tuner.quantization.joint import first_rows, join
+from ltx2_tuner.quantization.expand import stacked_linear
+from ltx2_tuner.quantization.joint import expanded_alike, first_rows, join, spare_rows
 from ltx2_tuner.quantization.operators import operator
 from ltx2_tuner.quantization.products import PartlyTrainedProduct, partly_trained_linear
 from ltx2_tuner.side_by_side import empty, flat_of, views
@@ -128,13 +129,21 @@ class JointLinear:
     They are looked up at each call: adapters may come and go between calls.
 
     Args:
-        stays: False where weights move; then each multiplies by itself, and only adapters are joined.
+        fixed: whether the frozen weights stay where they are; else each multiplies by itself, unless it is expanded.
+        stacks: whether gates and down matrices may be put below each other.
         dtype: what adapters multiply in.
         gates: a layer that reads the same input, if there is one.
     """
 
     def __init__(
-        self, parent: nn.Module, names: Sequence[str], stays: bool, dtype: torch.dtype, gates: nn.Module | None = None
+        self,
+        parent: nn.Module,
+        names: Sequence[str],
+        *,
+        fixed: bool,
+        stacks: bool,
+        dtype: torch.dtype,
+        gates: nn.Module | None = None,
     ) -> None:
         self.parent, self.names, self.gates = parent, tuple(names), gates
         layers = [getattr(parent, name) for name in names]
@@ -142,27 +151,41 @@ class JointLinear:
         adapters = [layer.adapter for layer in layers if isinstance(layer, LoRALinear) and layer.base is _base(layer)]
         self.group = AdapterGroup(tuple(adapters)) if len(adapters) == len(layers) and _alike(adapters) else None
         self.base: FrozenLinear | None = None
-        self.stack: DenseLinear | None = None  # the layers where they fit, the gates, and the group's down matrices
-        self.stacked: list[nn.Module] = []  # what else than down matrices is in it
-        self.unused = 0  # rows between these and the down matrices
-        if stays and self.group is not None:
-            self._stack_up(dtype)
-        if stays and self.base is None and len(self.bases) > 1:
+        self.stack: DenseLinear | None = None  # of what is in `stacked`, some unused rows, and the down matrices
+        self.stacked: list[nn.Module] = []
+        self.unused = 0
+        self.expands = False  # the stack comes below the frozen weights whenever these are expanded
+        if stacks and self.group is not None:
+            self._stack_up(fixed, dtype)
+        if fixed and self.base is None and not self.expands and len(self.bases) > 1:
             self.base = join(self.bases)
 
-    def _stack_up(self, dtype: torch.dtype) -> None:
-        count = len(self.group.adapters) * self.group.adapters[0].rank
-        step = _ALIGNMENT // dtype.itemsize
+    def _stack_up(self, fixed: bool, dtype: torch.dtype) -> None:
         gates = [] if self.gates is None else [self.gates]
-        for layers in ([*self.bases, *gates], gates):  # quantised layers multiply by themselves
-            dense = all(type(layer) in (nn.Linear, DenseLinear) and layer.weight.dtype == dtype for layer in layers)
-            unused = -(sum(layer.out_features for layer in layers) + count) % step
-            if layers and dense and (stack := join(layers, spare=unused + count)) is not None:
-                self.stack, self.stacked, self.unused = stack, layers, unused
-                self.group.rows = stack.weight.data[-count:]
-                if layers is not gates:
-                    self.base = first_rows(stack, sum(base.out_features for base in self.bases))
-                return
+        if any(not _is_dense(layer, dtype) for layer in gates):
+            return
+        alike = len({layer.bias is None for layer in (*self.bases, *gates)}) == 1
+        self.expands = alike and expanded_alike(self.bases) and self.bases[0].compute_dtype == dtype
+        holds_bases = fixed and all(_is_dense(base, dtype) for base in self.bases)
+        if not (self.expands or holds_bases or gates):
+            return
+        layers = [*self.bases, *gates] if holds_bases else gates
+        first = self.group.adapters[0]
+        count = len(self.group.adapters) * first.rank
+        outputs = count + sum(layer.out_features for layer in gates)
+        outputs += sum(base.out_features for base in self.bases) if self.expands or holds_bases else 0
+        unused = -outputs % (_ALIGNMENT // dtype.itemsize)
+        if layers:
+            stack = join(layers, spare=unused + count)
+        else:
+            stack = spare_rows(unused + count, self.bases[0], dtype, first.lora_down.weight.device)
+        if stack is None:
+            self.expands = False
+            return
+        self.stack, self.stacked, self.unused = stack, layers, unused
+        self.group.rows = stack.weight.data[-count:]
+        if holds_bases:
+            self.base = first_rows(stack, sum(base.out_features for base in self.bases))
 
     def __call__(self, x: Tensor) -> tuple[tuple[Tensor, ...], Tensor | None]:
         """x (..., in) -> the output (..., out) of each layer, and of the gates."""
@@ -182,12 +205,21 @@ class JointLinear:
         return self.base(x).split([base.out_features for base in self.bases], dim=-1)
 
     def _stacked(self, x: Tensor) -> tuple[tuple[Tensor, ...], Tensor | None]:
-        multiply = partly_trained_linear if torch.compiler.is_compiling() else PartlyTrainedProduct.apply
-        together = multiply(x, self.stack.weight, self.stack.bias, self.group.down)
-        sizes = [layer.out_features for layer in self.stacked] + ([self.unused] if self.unused else [])
-        parts = together.split([*sizes, self.group.down.shape[0]], dim=-1)
-        outputs = parts[: len(self.bases)] if self.stacked[0] is self.bases[0] else self._frozen(x)
-        gates = None if self.gates is None else parts[len(self.stacked) - 1]
+        """The same with the group's matrices and the gates as rows of one matrix."""
+        rows, bias, down = self.stack.weight, self.stack.bias, self.group.down
+        if self.expands:
+            codes, scales = [base.codes for base in self.bases], [base.scale for base in self.bases]
+            biases = [] if bias is None else [base.bias for base in self.bases]
+            together = stacked_linear(x, codes, scales, biases, rows, bias, down, self.bases[0].stored)
+        else:
+            multiply = partly_trained_linear if torch.compiler.is_compiling() else PartlyTrainedProduct.apply
+            together = multiply(x, rows, bias, down)
+        layers = [*self.bases, *self.stacked] if self.expands else self.stacked
+        sizes = [layer.out_features for layer in layers] + ([self.unused] if self.unused else [])
+        # No starred target: under torch 2.11's compiler that is a tuple.
+        parts = together.split([*sizes, down.shape[0]], dim=-1)
+        outputs = parts[: len(self.bases)] if layers[0] is self.bases[0] else self._frozen(x)
+        gates = None if self.gates is None else parts[len(layers) - 1]
         return self.group.add_up(parts[-1], outputs), gates
 
     def _adds_group(self, layers: Sequence[nn.Module]) -> bool:
@@ -206,15 +238,17 @@ class JointLinear:
 class JointAttention:
     """The projections of an attention with the layers of one input as one.
 
-    q, k and v of self-attention, k and v of another; where weights can be stacked, also q and the output by themselves.
+    q, k and v of self-attention, k and v of another; q and the output by themselves where something is stacked.
     """
 
-    def __init__(self, attention: Attention, reads_itself: bool, stays: bool, dtype: torch.dtype) -> None:
-        gates = attention.to_gate_logits
+    def __init__(
+        self, attention: Attention, reads_itself: bool, *, fixed: bool, stacks: bool, dtype: torch.dtype
+    ) -> None:
+        how = {"fixed": fixed, "stacks": stacks, "dtype": dtype}
         names = ("to_q", "to_k", "to_v") if reads_itself else ("to_q",)
-        self.of_x = JointLinear(attention, names, stays, dtype, gates)
-        self.of_context = None if reads_itself else JointLinear(attention, ("to_k", "to_v"), stays, dtype)
-        self.out = JointLinear(attention.to_out, ("0",), stays, dtype)
+        self.of_x = JointLinear(attention, names, gates=attention.to_gate_logits, **how)
+        self.of_context = None if reads_itself else JointLinear(attention, ("to_k", "to_v"), **how)
+        self.out = JointLinear(attention.to_out, ("0",), **how)
         attention.project = self.project
         if self.out.stack is not None:
             attention.project_out = self.project_out
@@ -251,6 +285,11 @@ def _multiplies_in(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
+def _is_dense(layer: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether it is a layer whose rows can lie beside those of adapters."""
+    return type(layer) in (nn.Linear, DenseLinear) and layer.weight.dtype == dtype
+
+
 def _joins(joint: JointLinear) -> bool:
     """Whether there is anything for it to join."""
     return len(joint.names) > 1 or joint.stack is not None
@@ -264,25 +303,27 @@ class _Piece:
     shape: tuple[int, ...]
     rows: Tensor | None = None
 
+    @property
+    def settled(self) -> bool:
+        """Whether the rows are the masters themselves."""
+        flat = flat_of(self.masters, self.rows.dtype)
+        return flat is not None and flat.data_ptr() == self.rows.data_ptr()
+
 
 class WorkingCopies:
     """What passes read for the matrices of a network: all of them in the compute dtype; gradients reach the masters.
 
     A call gives the groups copies, or views of the masters where these have the compute dtype. Such masters are moved
-    beside each other: the parameters stay the objects they are, but lie in one flat tensor.
+    to where passes read them: the parameters stay the objects they are, but lie beside each other.
     """
 
     def __init__(self, groups: Sequence[AdapterGroup], dtype: torch.dtype) -> None:
         self.groups, self.dtype = tuple(groups), dtype
-        pieces = [piece for group in self.groups for piece in group.pieces()]
-        # Those below frozen weights come last: passes with gradients have no other place for them.
-        self.order = sorted(range(len(pieces)), key=lambda number: pieces[number].rows is not None)
-        self.pieces = [pieces[number] for number in self.order]
+        self.pieces = [piece for group in self.groups for piece in group.pieces()]
         self.masters = [master for piece in self.pieces for master in piece.masters]
-        self.stacked = [piece for piece in self.pieces if piece.rows is not None]
         self._leaves: list[Tensor] | None = None
         if self.masters[0].dtype == dtype:
-            self._flat(self.masters, settle=True)
+            self._places(with_gradients=True)
 
     def __call__(self) -> None:
         places = self._places(torch.is_grad_enabled())
@@ -291,8 +332,7 @@ class WorkingCopies:
         else:
             tensors = [place.requires_grad_() for place in places]
             self._leaves[:] = tensors
-        of_groups = [tensor for _, tensor in sorted(zip(self.order, tensors), key=lambda pair: pair[0])]
-        for group, down, up in zip(self.groups, of_groups[::2], of_groups[1::2]):
+        for group, down, up in zip(self.groups, tensors[::2], tensors[1::2]):
             group.use(down, up)
 
     @torch.no_grad()
@@ -300,16 +340,18 @@ class WorkingCopies:
         """What this pass reads for each piece."""
         # Without gradients the parameters may be others' for a while, as those of a teacher: they stay where they are,
         # and what lies below the frozen weights stays too, for passes whose backward pass is still to come.
-        stacked = self.stacked if with_gradients else []
-        apart = self.pieces[: len(self.pieces) - len(stacked)]
-        # Masters of the compute dtype lie in one tensor, all of them: no copy is made.
-        held = self.pieces if self.masters[0].dtype == self.dtype else apart
-        flat = self._flat([master for piece in held for master in piece.masters], settle=with_gradients)
-        rows = [views(piece.rows, [piece.shape])[0] for piece in stacked]
-        if stacked:
-            parts = [part for piece, place in zip(stacked, rows) for part in place.chunk(len(piece.masters))]
-            torch._foreach_copy_(parts, [master for piece in stacked for master in piece.masters])
-        return views(flat, [piece.shape for piece in apart]) + rows
+        below = [p for p in self.pieces if p.rows is not None and (with_gradients or p.settled)]
+        apart = [piece for piece in self.pieces if piece not in below]
+        flat = self._flat([master for piece in apart for master in piece.masters], settle=with_gradients)
+        strays = [piece for piece in below if not piece.settled]
+        places = [part for piece in strays for part in piece.rows.chunk(len(piece.masters))]
+        masters = [master for piece in strays for master in piece.masters]
+        if strays:
+            torch._foreach_copy_(places, masters)
+            _settle(masters, places)
+        found = dict(zip(map(id, apart), views(flat, [piece.shape for piece in apart])))
+        found |= {id(piece): views(piece.rows, [piece.shape])[0] for piece in below}
+        return [found[id(piece)] for piece in self.pieces]
 
     def _flat(self, masters: Sequence[nn.Parameter], settle: bool) -> Tensor:
         """Masters side by side in the compute dtype. settle: those of this dtype are to stay in what is made."""
@@ -318,9 +360,8 @@ class WorkingCopies:
             return flat
         places = empty([master.shape for master in masters], self.dtype, masters[0].device)
         torch._foreach_copy_(places, masters)
-        if settle and all(master.dtype == self.dtype for master in masters):
-            for master, place in zip(masters, places):
-                master.data = place
+        if settle:
+            _settle(masters, places)
         return flat_of(places, self.dtype)
 
     @contextlib.contextmanager
@@ -346,6 +387,13 @@ class WorkingCopies:
                 shape = piece.masters[0].shape
                 pairs += zip(piece.masters, gradient.reshape(len(piece.masters), *shape).unbind())
         return [(master, gradient) for master, gradient in pairs if master.requires_grad]
+
+
+def _settle(masters: Sequence[nn.Parameter], places: Sequence[Tensor]) -> None:
+    """Move masters into their copies, if these have their dtype."""
+    if all(master.dtype == place.dtype for master, place in zip(masters, places)):
+        for master, place in zip(masters, places):
+            master.data = place
 
 
 class _Pieces(torch.autograd.Function):
@@ -374,20 +422,24 @@ class _Pieces(torch.autograd.Function):
         return None, None, *(found.get(index) for index in range(first))
 
 
-def join_adapters(model: LTXTransformer, network: LoRANetwork, dtype: torch.dtype, stays: bool = True) -> WorkingCopies:
+def join_adapters(
+    model: LTXTransformer, network: LoRANetwork, dtype: torch.dtype, *, stays: bool = True, streamed: bool = False
+) -> WorkingCopies:
     """Make an attached network fast: joint projections in all attentions, working copies of its adapters.
 
     The model's `before_blocks` makes the copies from now on. Call it once, when the weights are where they will stay.
 
     Args:
         dtype: what adapters multiply in.
-        stays: False where weights move between host and device: these stay apart, their adapters are joined.
+        stays: False where the whole model leaves the device at times: only adapters are joined.
+        streamed: the matrices of some blocks come and go.
     """
     groups, grouped = [], set()
     for block in model.transformer_blocks:
         for name in ATTENTION_TARGETS["all"]:
             if hasattr(block, name):
-                joint = JointAttention(getattr(block, name), name in ATTENTION_TARGETS["self"], stays, dtype)
+                how = {"fixed": stays and not streamed, "stacks": stays, "dtype": dtype}
+                joint = JointAttention(getattr(block, name), name in ATTENTION_TARGETS["self"], **how)
                 groups += joint.groups
                 grouped.update(adapter for group in joint.groups for adapter in group.adapters)
         if torch.cuda.is_available():

@@ -17,7 +17,14 @@ NF4 = "nf4"
 FP8 = {str(dtype): dtype for dtype in fp8.FP8_DTYPES}
 
 
-def expand(codes: Tensor, scale: Tensor | None, column_scale: Tensor | None, stored: str, dtype: torch.dtype) -> Tensor:
+def expand(
+    codes: Tensor,
+    scale: Tensor | None,
+    column_scale: Tensor | None,
+    stored: str,
+    dtype: torch.dtype,
+    out: Tensor | None = None,
+) -> Tensor:
     """The dense matrix (out, in) of uint8 codes.
 
     Args:
@@ -25,12 +32,13 @@ def expand(codes: Tensor, scale: Tensor | None, column_scale: Tensor | None, sto
         scale: as `fp8.dequantise` and `nf4.dequantise` take it.
         column_scale: (in,) divides the matrix where given.
         stored: "nf4" or the name of an fp8 dtype.
+        out: contiguous, where the matrix is to be (not with a column_scale).
     """
     wide = dtype if column_scale is None else torch.float32
     if stored == NF4:
-        dense = nf4.dequantise(codes, scale, wide)
+        dense = nf4.dequantise(codes, scale, wide, out)
     else:
-        dense = fp8.dequantise(codes.view(FP8[stored]), scale, wide)
+        dense = fp8.dequantise(codes.view(FP8[stored]), scale, wide, out)
     return dense if column_scale is None else (dense / column_scale).to(dtype)
 
 
@@ -69,3 +77,67 @@ def stored_linear_input_gradient(
 def _(gradient, codes, scale, column_scale, stored):
     width = codes.shape[1] * (2 if stored == NF4 else 1)
     return gradient.new_empty(*gradient.shape[:-1], width)
+
+
+def _expand_stack(codes: list[Tensor], scales: list[Tensor], rows: Tensor, stored: str) -> Tensor:
+    """The matrices of several layers and more `rows`, one below the other."""
+    counts = [layer.shape[0] for layer in codes]
+    weight = rows.new_empty(sum(counts) + rows.shape[0], rows.shape[1])
+    *places, last = weight.split([*counts, rows.shape[0]])
+    for place, layer, scale in zip(places, codes, scales):
+        expand(layer, scale, None, stored, rows.dtype, place)
+    last.copy_(rows)
+    return weight
+
+
+def _stacked_linear(
+    x: Tensor,
+    codes: list[Tensor],
+    scales: list[Tensor],
+    biases: list[Tensor],
+    rows: Tensor,
+    row_bias: Tensor | None,
+    trained: Tensor,
+    stored: str,
+) -> Tensor:
+    """Layers of one input x (..., in) and dense `rows` of the same width, as one product -> (..., all outputs).
+
+    `trained` is another tensor for the last of these rows: the one that gets their gradient. Without biases pass an
+    empty list.
+    """
+    bias = torch.cat([*biases, row_bias]).to(x.dtype) if biases else None
+    return F.linear(x, _expand_stack(codes, scales, rows, stored), bias)
+
+
+def _fake_stacked(x, codes, scales, biases, rows, row_bias, trained, stored):
+    return x.new_empty(*x.shape[:-1], sum(layer.shape[0] for layer in codes) + rows.shape[0])
+
+
+def _setup_stacked(ctx, inputs, output):
+    x, codes, scales, biases, rows, _, trained, ctx.stored = inputs
+    ctx.counts = len(codes), len(biases), trained.shape[0]
+    ctx.save_for_backward(x, rows, *codes, *scales)
+
+
+def _backward_stacked(ctx, gradient):
+    x, rows, *layers = ctx.saved_tensors
+    count, biases, trained = ctx.counts
+    of_x = stacked_linear_input_gradient(gradient, layers[:count], layers[count:], rows, ctx.stored)
+    of_trained = gradient[..., -trained:].reshape(-1, trained).t() @ x.reshape(-1, x.shape[-1])
+    return of_x, [None] * count, [None] * count, [None] * biases, None, None, of_trained, None
+
+
+stacked_linear = operator(_stacked_linear, fake=_fake_stacked, setup=_setup_stacked, backward=_backward_stacked)
+
+
+@torch.library.custom_op("ltx2_tuner::stacked_linear_input_gradient", mutates_args=())
+def stacked_linear_input_gradient(
+    gradient: Tensor, codes: list[Tensor], scales: list[Tensor], rows: Tensor, stored: str
+) -> Tensor:
+    """Gradient of all outputs (..., sum of out) -> gradient of the input (..., in)."""
+    return gradient @ _expand_stack(codes, scales, rows, stored)
+
+
+@stacked_linear_input_gradient.register_fake
+def _(gradient, codes, scales, rows, stored):
+    return gradient.new_empty(*gradient.shape[:-1], rows.shape[1])

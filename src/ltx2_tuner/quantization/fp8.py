@@ -37,13 +37,18 @@ def quantise(weight: Tensor, mode: str) -> tuple[Tensor, Tensor | None]:
     return _cast((groups / scale).nan_to_num_(0.0)).view(rows, columns), scale.to(weight.dtype)
 
 
-def dequantise(codes: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+def dequantise(codes: Tensor, scale: Tensor | None, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     """Codes (out, in) and a scale of shape [], [1], (out, 1) or (out, blocks, 1) -> matrix (out, in).
 
-    The product is rounded once, whatever the dtypes.
+    The product is rounded once, whatever the dtypes. out: contiguous, where the matrix is to be.
     """
     if codes.is_cuda and kernels.available():  # three times as fast as a cast, even without a scale
-        return kernels.expand_fp8(codes, torch.ones(1, device=codes.device) if scale is None else scale, dtype)
+        return kernels.expand_fp8(codes, torch.ones(1, device=codes.device) if scale is None else scale, dtype, out)
+    dense = _dequantised(codes, scale, dtype)
+    return dense if out is None else out.copy_(dense)
+
+
+def _dequantised(codes: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     if scale is None:
         return codes.to(dtype)
     wide = dtype if scale.dtype == dtype and scale.dim() else torch.float32  # bf16 holds the codes exactly

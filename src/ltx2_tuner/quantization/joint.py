@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ltx2_tuner.quantization.frozen import DenseLinear, Fp8Linear, FrozenLinear
+from ltx2_tuner.quantization.frozen import DenseLinear, Fp8Linear, FrozenLinear, QuantisedLinear
 
 
 def join(layers: Sequence[nn.Module], spare: int = 0) -> FrozenLinear | None:
@@ -31,6 +31,23 @@ def join(layers: Sequence[nn.Module], spare: int = 0) -> FrozenLinear | None:
     for layer, rows in zip(layers, weight.split([layer.out_features for layer in layers] + [spare])):
         layer.weight.data = rows
     return joint
+
+
+def expanded_alike(layers: Sequence[nn.Module]) -> bool:
+    """Whether `expand.stacked_linear` takes these layers: stored in one way, expanded for each product."""
+    if not all(isinstance(layer, QuantisedLinear) for layer in layers):
+        return False
+    if any(layer.scale is None or layer.column_scale is not None for layer in layers):
+        return False
+    if any(isinstance(layer, Fp8Linear) and layer.tensor_cores for layer in layers):
+        return False
+    return len({(layer.stored, layer.in_features, layer.compute_dtype, layer.bias is None) for layer in layers}) == 1
+
+
+def spare_rows(count: int, like: nn.Module, dtype: torch.dtype, device: torch.device) -> DenseLinear:
+    """A layer of zeros with as many outputs, another's inputs, and a bias where that has one."""
+    bias = None if like.bias is None else torch.zeros(count, dtype=dtype, device=device)
+    return DenseLinear(torch.zeros(count, like.in_features, dtype=dtype, device=device), bias)
 
 
 def first_rows(layer: DenseLinear, count: int) -> DenseLinear:

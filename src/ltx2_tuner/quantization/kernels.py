@@ -53,11 +53,11 @@ if triton is not None:
         tl.store(out + position, both.to(out.dtype.element_ty), mask=position < 2 * count)
 
 
-def expand_fp8(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def expand_fp8(codes: Tensor, scale: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     """Codes (out, in) in an fp8 dtype and a scale of shape [], [1], (out, 1) or (out, blocks, 1) -> (out, in)."""
     rows, columns = codes.shape
     groups = scale.shape[1] if scale.dim() == 3 else 1
-    out = torch.empty(rows, columns, dtype=dtype, device=codes.device)
+    out = torch.empty(rows, columns, dtype=dtype, device=codes.device) if out is None else out
     with torch.cuda.device(codes.device):
         _expand_fp8[(rows, triton.cdiv(columns, _BLOCK))](
             codes.contiguous().view(torch.uint8),
@@ -72,10 +72,10 @@ def expand_fp8(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def expand_nf4(codes: Tensor, scale: Tensor, codebook: Tensor, dtype: torch.dtype) -> Tensor:
+def expand_nf4(codes: Tensor, scale: Tensor, codebook: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     """Codes (out, in / 2), scales (out, in / block, 1) and the 16 values in float32 -> (out, in)."""
     rows, half = codes.shape
-    out = torch.empty(rows, 2 * half, dtype=dtype, device=codes.device)
+    out = torch.empty(rows, 2 * half, dtype=dtype, device=codes.device) if out is None else out
     with torch.cuda.device(codes.device):
         _expand_nf4[(triton.cdiv(codes.numel(), _BLOCK),)](
             codes.contiguous(),

@@ -71,12 +71,20 @@ def quantise(weight: Tensor, block_size: int = 32, scale_dtype: torch.dtype | No
     return Nf4Tensor((codes[..., 0] << 4) | codes[..., 1], scale.to(scale_dtype or weight.dtype))
 
 
-def dequantise(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Codes (out, in / 2) and scales (out, in / block, 1) -> matrix (out, in): value * scale in float32, then cast."""
+def dequantise(codes: Tensor, scale: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """Codes (out, in / 2) and scales (out, in / block, 1) -> matrix (out, in): value * scale in float32, then cast.
+
+    out: contiguous, where the matrix is to be.
+    """
+    if codes.is_cuda and kernels.available():
+        return kernels.expand_nf4(codes, scale, _codebook(codes.device), dtype, out)
+    dense = _dequantised(codes, scale, dtype)
+    return dense if out is None else out.copy_(dense)
+
+
+def _dequantised(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     rows, half = codes.shape
     block_size = 2 * half // scale.shape[1]
-    if codes.is_cuda and kernels.available():
-        return kernels.expand_nf4(codes, scale, _codebook(codes.device), dtype)
     if codes.is_cuda and block_size in _BITSANDBYTES_BLOCKS and _has_bitsandbytes():
         return torch.ops.bitsandbytes.dequantize_4bit(
             codes.reshape(-1, 1), scale.float().reshape(-1), block_size, "nf4", (rows, 2 * half), dtype

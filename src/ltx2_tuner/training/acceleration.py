@@ -37,8 +37,7 @@ def accelerate(
     """
     if not isinstance(network, LoRANetwork):
         return None
-    # With some weights joined and others, which move, apart, everything would be compiled twice.
-    copies = join_adapters(model, network, dtype, stays=stays and plan.store is None)
+    copies = join_adapters(model, network, dtype, stays=stays, streamed=plan.store is not None)
     on_cuda = next(network.parameters()).is_cuda
     streamable = plan.store is None or plan.store.recordable
     if not (graphs and on_cuda and plan.compiled and streamable and not network.has_dropout):
