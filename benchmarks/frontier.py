@@ -24,62 +24,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 import torch
 
 from benchmarks import train_step
-from ltx2_tuner.lora import Targets, select_layers
-from ltx2_tuner.memory.activations import BatchShape, boundary_bytes, forward_operations, kept_bytes
-from ltx2_tuner.memory.options import CompileOptions, MemoryOptions
-from ltx2_tuner.memory.planner import Footprint, Plan, settle
-from ltx2_tuner.memory.prepare import prepare_model, rearrange
-from ltx2_tuner.memory.sizes import weight_sizes
+from ltx2_tuner.memory.options import MemoryOptions
+from ltx2_tuner.memory.planner import Plan, settle
+from ltx2_tuner.memory.prepare import rearrange
 from ltx2_tuner.memory.speed import measure_speed
-from ltx2_tuner.models.transformer import LTXTransformer
-from ltx2_tuner.training.acceleration import accelerate
 
 GB = 1e9
 CONTEXT = 0.5e9  # bytes that CUDA itself takes, outside of the allocator's limit
 COLOURS = {"bf16": (31, 119, 180), "fp8": (214, 90, 20), "fp8_compute": (140, 30, 120), "nf4": (30, 130, 60)}
 
 
-def footprint(args: argparse.Namespace, config) -> Footprint:
-    """What the benchmark's step needs."""
-    with torch.device("meta"):
-        model = LTXTransformer(config, args.mode)
-    sizes = weight_sizes(model, train_step.PRECISIONS[args.precision], torch.bfloat16)
-    layers = select_layers(model, Targets(args.mode, "audio" if args.mode == "audio" else "t2v"))
-    values = sum(args.rank * (layer.in_features + layer.out_features) for layer in layers.values())
-    adapter = 4 if args.lora_dtype == "float32" else 2
-    given = train_step.inputs(args, config, torch.device("cpu"))
-    tokens = {name: 0 if modality is None else modality.latent.shape[1] for name, modality in given.items()}
-    shape = BatchShape(tokens["video"], tokens["audio"], train_step.TEXT_TOKENS)
-    return Footprint(
-        blocks=sizes.blocks,
-        block=sizes.block,
-        rest=sizes.rest,
-        trained=values * (3 * adapter + (2 if adapter != 2 else 0)),
-        gradients=values * adapter,
-        kept=kept_bytes(config, shape, 2),
-        boundary=boundary_bytes(config, shape, 2),
-        forward=forward_operations(config, shape, 1),
-    )
-
-
 class PlannedStep(train_step.Step):
     """A step arranged by a plan."""
 
     def __init__(self, args: argparse.Namespace, device: torch.device, plan: Plan) -> None:
-        args.blocks_to_swap = plan.options.blocks_to_swap  # where the weights are made
-        self.args, self.device, self.options = args, device, plan.options
-        super().__init__(args, device)
-
-    def prepare(self, args: argparse.Namespace, device: torch.device) -> None:
-        """Attention, recomputation, streaming and compilation as planned."""
-        self.plan = prepare_model(self.model, self.options, CompileOptions(enabled=args.compile), device)
-        self.accelerate()
-
-    def accelerate(self) -> None:
-        """Recorded passes, as the trainer has them."""
-        self.graphs = None
-        if self.device.type == "cuda":
-            self.graphs = accelerate(self.model, self.network, self.plan, torch.bfloat16)
+        self.args, self.device = args, device
+        super().__init__(args, device, plan.options)
 
     def follow(self, plan: Plan) -> None:
         """Another plan that needs less memory, as the trainer takes it."""
@@ -89,7 +49,7 @@ class PlannedStep(train_step.Step):
             self.graphs.remove()
         self.options = plan.options
         self.plan = rearrange(self.model, self.plan, plan.options, self.device)
-        self.accelerate()
+        self.accelerate(self.args)
 
 
 class Frontier:
@@ -97,7 +57,7 @@ class Frontier:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.device = args, torch.device(args.device)
-        self.footprint = footprint(args, train_step.configuration(args))
+        self.footprint = train_step.footprint(args)
         self.speed = measure_speed(self.device)
         self.step: PlannedStep | None = None
 

@@ -62,7 +62,7 @@ class Bench:
 
     def __init__(self, args, device: torch.device) -> None:
         self.args, self.device = args, device
-        self.model, self.network = train_step.build(args, device)
+        self.model, self.network = train_step.build(args, device, args.blocks_to_swap)
         memory = MemoryOptions(blocks_to_swap=args.blocks_to_swap, checkpointing=args.recompute == "full")
         self.plan = prepare_model(self.model, memory, CompileOptions(enabled=args.compile), device)
         self.grid = ((args.frames - 1) // 8 + 1, args.size[0] // 32, args.size[1] // 32)

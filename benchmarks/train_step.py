@@ -14,6 +14,7 @@ import json
 import statistics
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
@@ -22,9 +23,12 @@ import torch
 from torch import nn
 
 from ltx2_tuner.lora import LoRANetwork, Targets, select_layers
+from ltx2_tuner.memory.activations import BatchShape, boundary_bytes, forward_operations, kept_bytes
 from ltx2_tuner.memory.options import CompileOptions, MemoryOptions
+from ltx2_tuner.memory.planner import Footprint, settle
 from ltx2_tuner.memory.prepare import prepare_model
 from ltx2_tuner.memory.sharding import BlockShards
+from ltx2_tuner.memory.sizes import weight_sizes
 from ltx2_tuner.memory.streaming import streamed_indices
 from ltx2_tuner.models.transformer import LTXTransformer, Modality, TransformerConfig
 from ltx2_tuner.models.transformer.tokens import audio_latent_length, audio_positions, video_positions
@@ -51,7 +55,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--size", type=int, nargs=2, default=(512, 768), metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--precision", choices=tuple(PRECISIONS), default="bf16", help="of the blocks' matrices")
-    parser.add_argument("--recompute", choices=("none", "cheap", "full"), default="none", help="cheap keeps products")
+    parser.add_argument(
+        "--recompute", choices=("none", "cheap", "full", "auto"), default="none", help="cheap keeps products"
+    )
+    parser.add_argument("--vram_budget", type=float, metavar="GB", help="what auto plans for; default: the device")
     parser.add_argument("--blocks_to_swap", type=int, default=0)
     parser.add_argument("--layers", type=int, default=48)
     parser.add_argument("--width_divisor", type=int, default=1, help="narrower heads, for machines without a big card")
@@ -83,16 +90,17 @@ def configuration(args: argparse.Namespace) -> TransformerConfig:
 
 
 def build(
-    args: argparse.Namespace, device: torch.device, shards: BlockShards | None = None
+    args: argparse.Namespace, device: torch.device, streamed: int = 0, shards: BlockShards | None = None
 ) -> tuple[LTXTransformer, LoRANetwork]:
     """The transformer with random weights, and a LoRA on all its attentions.
 
     Args:
+        streamed: blocks whose matrices are to lie on the host.
         shards: takes each block as soon as it has its weights.
     """
     with torch.device("meta"):
         model = LTXTransformer(configuration(args), args.mode)
-    on_host = streamed_indices(args.layers, args.blocks_to_swap) if args.blocks_to_swap else ()
+    on_host = streamed_indices(args.layers, streamed) if streamed else ()
     generator = torch.Generator(device).manual_seed(0)
     for path, module in list(model.named_modules()):
         if not path.startswith("transformer_blocks."):
@@ -170,6 +178,41 @@ def flops(config: TransformerConfig, video_tokens: int, audio_tokens: int) -> fl
     return 2.0 * total * config.num_layers
 
 
+def footprint(args: argparse.Namespace) -> Footprint:
+    """What the step needs, for the planner."""
+    config = configuration(args)
+    with torch.device("meta"):
+        model = LTXTransformer(config, args.mode)
+    sizes = weight_sizes(model, PRECISIONS[args.precision], torch.bfloat16)
+    layers = select_layers(model, Targets(args.mode, "audio" if args.mode == "audio" else "t2v"))
+    values = sum(args.rank * (layer.in_features + layer.out_features) for layer in layers.values())
+    adapter = 4 if args.lora_dtype == "float32" else 2
+    given = inputs(args, config, torch.device("cpu"))
+    tokens = {name: 0 if modality is None else modality.latent.shape[1] for name, modality in given.items()}
+    shape = BatchShape(tokens["video"], tokens["audio"], TEXT_TOKENS)
+    return Footprint(
+        blocks=sizes.blocks,
+        block=sizes.block,
+        rest=sizes.rest,
+        trained=values * (3 * adapter + (2 if adapter != 2 else 0)),
+        gradients=values * adapter,
+        kept=kept_bytes(config, shape, 2),
+        boundary=boundary_bytes(config, shape, 2),
+        forward=forward_operations(config, shape, 1),
+    )
+
+
+def memory_options(args: argparse.Namespace, device: torch.device) -> MemoryOptions:
+    """What the flags say; "auto" has the planner decide how many blocks are recomputed."""
+    options = MemoryOptions(blocks_to_swap=args.blocks_to_swap, checkpointing=args.recompute == "full")
+    if args.recompute != "auto":
+        return options
+    budget = args.vram_budget * 1e9 if args.vram_budget else float("inf")
+    if args.vram_budget is None and device.type == "cuda":
+        budget = torch.cuda.get_device_properties(device).total_memory
+    return settle(replace(options, checkpointing=None), footprint(args), budget).options
+
+
 class Step:
     """One training step on fixed inputs.
 
@@ -178,8 +221,9 @@ class Step:
 
     shards: BlockShards | None = None
 
-    def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
-        self.model, self.network = build(args, device, self.shards)
+    def __init__(self, args: argparse.Namespace, device: torch.device, options: MemoryOptions | None = None) -> None:
+        self.options = options or memory_options(args, device)
+        self.model, self.network = build(args, device, self.options.blocks_to_swap, self.shards)
         self.inputs = inputs(args, self.model.config, device)
         self.targets = {
             name: torch.randn_like(modality.latent, dtype=torch.float32)
@@ -192,9 +236,12 @@ class Step:
 
     def prepare(self, args: argparse.Namespace, device: torch.device) -> None:
         """Recomputation, streaming, compilation and recording."""
-        memory = MemoryOptions(blocks_to_swap=args.blocks_to_swap, checkpointing=args.recompute == "full")
         self.model.enable_gradient_checkpointing(args.recompute == "cheap", keep_products=True)
-        self.plan = prepare_model(self.model, memory, CompileOptions(enabled=args.compile), device, self.shards)
+        self.plan = prepare_model(self.model, self.options, CompileOptions(enabled=args.compile), device, self.shards)
+        self.accelerate(args)
+
+    def accelerate(self, args: argparse.Namespace) -> None:
+        """Joint products and recorded passes, as the trainer has them."""
         self.graphs = None
         if args.joint:
             self.graphs = accelerate(
@@ -267,12 +314,17 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
     seconds = measure(step, device)
     config = step.model.config
     tokens = {name: target.shape[1] for name, target in step.targets.items()}
-    work = flops(config, tokens.get("video", 0), tokens.get("audio", 0)) * (3 if args.recompute == "full" else 2)
+    options, layers = step.options, args.layers
+    recomputed = (layers if options.recomputed_blocks is None else options.recomputed_blocks) * bool(
+        options.checkpointing
+    )
+    work = flops(config, tokens.get("video", 0), tokens.get("audio", 0)) * (2 + recomputed / layers)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     peak = next((value for key, value in PEAK_BF16.items() if key in name), None)
     line = {
         "precision": args.precision,
         "recompute": args.recompute,
+        "recomputed_blocks": recomputed,
         "blocks_to_swap": args.blocks_to_swap,
         "mode": args.mode,
         "frames": args.frames,

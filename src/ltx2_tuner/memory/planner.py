@@ -75,9 +75,11 @@ class Footprint:
         return sum(self.parts(choice, ring).values())
 
     def seconds(self, choice: Choice, speed: Speed) -> float:
-        """Of a step: forward, backward of the inputs, recomputation; or the two passes of copies where these last."""
-        compute = self.forward * (2 + choice.recomputed / self.blocks) / speed.operations
-        return max(compute, 2 * choice.streamed * self.block / speed.copies)
+        """Of a step: its two passes, each as long as its arithmetic or its copies, whichever lasts longer."""
+        forward = self.forward / speed.operations
+        backward = forward * (1 + choice.recomputed / self.blocks)  # gradients of the inputs, and recomputation
+        copies = choice.streamed * self.block / speed.copies
+        return max(forward, copies) + max(backward, copies)
 
 
 @dataclass(frozen=True)
