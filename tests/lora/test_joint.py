@@ -269,6 +269,41 @@ def test_quantised_weights_are_expanded_above_the_down_matrices(weights: str, st
     assert len(groups) == blocks.BLOCKS * (6 if alone else 6 + 6 + 4)
 
 
+def kept_bytes(model: LTXTransformer) -> int:
+    """What the graph of a pass holds on to, weights aside: whole memories, not the views of them."""
+    weights = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    waiting = [output.grad_fn for output in model(**tiny.inputs(model.config))]
+    seen, found = set(), {}
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        for name in (name for name in dir(node) if name.startswith("_saved_") or name == "saved_tensors"):
+            values = getattr(node, name)
+            for value in values if isinstance(values, tuple) else (values,):
+                if isinstance(value, torch.Tensor) and value.untyped_storage().data_ptr() not in weights:
+                    found[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        waiting += [function for function, _ in node.next_functions]
+    return sum(found.values())
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("weights", ["dense", "nf4"])
+def test_joining_keeps_no_more_for_the_backward_pass(weights: str, compiled: bool) -> None:
+    """Few columns of a wide product must not keep all of it."""
+    kept = []
+    for joined in (False, True):
+        model, network = blocks.adapted(weights)
+        if joined:
+            join_adapters(model, network, torch.float32)
+        if compiled:
+            torch._dynamo.reset()
+            compile_blocks(model.transformer_blocks, backend="aot_eager_decomp_partition")
+        kept.append(kept_bytes(model))
+    assert kept[1] <= 1.001 * kept[0], kept
+
+
 def test_a_pass_without_gradients_leaves_the_rows_to_those_that_need_them() -> None:
     """A teacher's pass between a student's forward and backward pass must not change the student's gradient."""
     model, network = adapted()

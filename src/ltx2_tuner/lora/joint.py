@@ -220,7 +220,9 @@ class JointLinear:
         parts = together.split([*sizes, down.shape[0]], dim=-1)
         outputs = parts[: len(self.bases)] if layers[0] is self.bases[0] else self._frozen(x)
         gates = None if self.gates is None else parts[len(layers) - 1]
-        return self.group.add_up(parts[-1], outputs), gates
+        # A copy of a few columns: what the backward pass keeps of them would keep all the others, too.
+        hidden = parts[-1].clone(memory_format=torch.contiguous_format)
+        return self.group.add_up(hidden, outputs), gates
 
     def _adds_group(self, layers: Sequence[nn.Module]) -> bool:
         """Whether the group's adapters are the ones in place, and act alike."""
