@@ -35,7 +35,7 @@ def gradients(args: argparse.Namespace, passes: int) -> tuple[dict[str, Tensor],
     for _ in range(passes):
         step.network.zero_grad(set_to_none=True)
         step.loss().backward()
-    found = {name: parameter.grad.float().cpu() for name, parameter in step.network.named_parameters()}
+    found = {name: parameter.grad.double().cpu() for name, parameter in step.network.named_parameters()}
     recorded = bool(step.graphs and step.graphs.recordings)
     del step
     gc.collect()

@@ -288,8 +288,10 @@ def kept_bytes(model: LTXTransformer) -> int:
     return sum(found.values())
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize("weights", ["dense", "nf4"])
+@pytest.mark.parametrize(
+    ("weights", "compiled"),
+    [("dense", False), ("nf4", False), ("dense", True), pytest.param("nf4", True, marks=pytest.mark.slow)],
+)
 def test_joining_keeps_no_more_for_the_backward_pass(weights: str, compiled: bool) -> None:
     """Few columns of a wide product must not keep all of it."""
     kept = []

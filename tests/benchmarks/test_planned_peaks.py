@@ -1,0 +1,41 @@
+"""What the planner predicts for the measured steps in docs/benchmarks.md."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import train_step
+from ltx2_tuner.memory.planner import Choice
+
+ROOT = Path(__file__).resolve().parents[2]
+RECOMPUTED = {"none": 0, "full": 48}
+
+
+def measured() -> list[dict]:
+    """The lines of train_step.py and scaling.py at full size, since recomputed blocks keep one hidden state."""
+    _, _, text = (
+        (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8").partition("## The same on cards of 80 GB")
+    )
+    lines = [json.loads(line) for line in text.splitlines() if line.startswith('{"precision"') or '"gpus": 1' in line]
+    return [line for line in lines if line.get("layers") == 48 and line.get("peak_gib") and line["mode"] == "av"]
+
+
+def test_there_are_lines_of_every_kind() -> None:
+    kinds = {(line["precision"], line["recompute"], bool(line.get("blocks_to_swap"))) for line in measured()}
+    assert {("bf16", "none", False), ("bf16", "full", False), ("fp8", "full", True), ("nf4", "full", True)} <= kinds
+
+
+@pytest.mark.parametrize(
+    "line", measured(), ids=lambda line: f"{line['precision']}-{line['recompute']}-{line.get('blocks_to_swap', 0)}"
+)
+def test_predicted_peaks_are_within_five_percent_of_measured_ones(line: dict) -> None:
+    args = train_step.parse_arguments(
+        ["--precision", line["precision"], "--lora_dtype", line.get("lora_dtype", "float32"), "--mode", line["mode"]]
+    )
+    choice = Choice(line.get("blocks_to_swap", 0), RECOMPUTED[line["recompute"]])
+    predicted = train_step.footprint(args).total(choice, ring=2) / 2**30
+    peak = max(line["peak_gib"]) if isinstance(line["peak_gib"], list) else line["peak_gib"]
+    assert predicted == pytest.approx(peak, rel=0.05)
