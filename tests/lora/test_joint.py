@@ -8,7 +8,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ltx2_tuner.lora import LoRALinear, LoRANetwork, Targets, select_layers
-from ltx2_tuner.lora.joint import WorkingCopies, join_adapters
+from ltx2_tuner.lora.joint import join_adapters
+from ltx2_tuner.lora.working_copies import WorkingCopies
 from ltx2_tuner.memory.compilation import compile_blocks
 from ltx2_tuner.memory.streaming import BlockStore
 from ltx2_tuner.models.transformer import LTXTransformer

@@ -42,7 +42,7 @@ _PATIENCE = 4  # times a shape may push out the recordings of others before reco
 
 
 class Copies(Protocol):
-    """What passes read in place of the trained parameters (lora.joint.WorkingCopies)."""
+    """What passes read in place of the trained parameters (lora.working_copies.WorkingCopies)."""
 
     def recorded(self) -> AbstractContextManager[list[Tensor]]:
         """A context in which passes read fresh leaves, which it lists."""
