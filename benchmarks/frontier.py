@@ -21,6 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
+import psutil
 import torch
 
 from benchmarks import train_step
@@ -68,7 +69,8 @@ class Frontier:
             total = torch.cuda.get_device_properties(self.device).total_memory
             fraction = min(1.0, max(budget_gb * GB - CONTEXT, 0) / total)
             torch.cuda.set_per_process_memory_fraction(fraction, self.device)
-        plan = settle(MemoryOptions(), self.footprint, budget_gb * GB, self.speed)
+        host = 0.5 * psutil.virtual_memory().available
+        plan = settle(MemoryOptions(), self.footprint, budget_gb * GB, self.speed, host=host)
         failures = 0
         while plan is not None:
             seconds = self._attempt(plan)
@@ -80,6 +82,10 @@ class Frontier:
         return _line(self.args, budget_gb, None, None, failures)
 
     def _attempt(self, plan: Plan) -> float | None:
+        now = None if self.step is None else self.step.options
+        if now and (plan.choice.streamed < now.blocks_to_swap or plan.choice.recomputed < now.recomputed_blocks):
+            self.step = None  # a model in use goes the other way only
+            _clear(self.device)
         try:
             if self.step is None:
                 self.step = PlannedStep(self.args, self.device, plan)

@@ -35,6 +35,7 @@ from ltx2_tuner.models.transformer.tokens import audio_latent_length, audio_posi
 from ltx2_tuner.quantization import is_quantisable
 from ltx2_tuner.quantization.formats import WeightFormat, freeze
 from ltx2_tuner.training.acceleration import accelerate
+from ltx2_tuner.training.footprint import apart
 
 WARM_UP, MEASURED = 4, 6
 TEXT_TOKENS = 1024
@@ -199,6 +200,7 @@ def footprint(args: argparse.Namespace) -> Footprint:
         kept=kept_bytes(config, shape, 2),
         boundary=boundary_bytes(config, shape, 2),
         forward=forward_operations(config, shape, 1),
+        apart=apart(PRECISIONS[args.precision]),
     )
 
 

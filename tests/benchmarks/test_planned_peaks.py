@@ -1,4 +1,4 @@
-"""What the planner predicts for the measured steps in docs/benchmarks.md."""
+"""What the planner predicts for the measured steps in docs/benchmarks.md: peaks and seconds."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 
 from benchmarks import train_step
-from ltx2_tuner.memory.planner import Choice
+from ltx2_tuner.memory.planner import Choice, Footprint
+from ltx2_tuner.memory.speed import Speed
 
 ROOT = Path(__file__).resolve().parents[2]
 RECOMPUTED = {"none": 0, "full": 48}
+H100 = Speed(0.6 * 700e12, 50e9)  # as measure_speed finds it
 
 
 def measured() -> list[dict]:
@@ -28,14 +30,28 @@ def test_there_are_lines_of_every_kind() -> None:
     assert {("bf16", "none", False), ("bf16", "full", False), ("fp8", "full", True), ("nf4", "full", True)} <= kinds
 
 
-@pytest.mark.parametrize(
-    "line", measured(), ids=lambda line: f"{line['precision']}-{line['recompute']}-{line.get('blocks_to_swap', 0)}"
-)
-def test_predicted_peaks_are_within_five_percent_of_measured_ones(line: dict) -> None:
+def planned(line: dict) -> tuple[Footprint, Choice]:
     args = train_step.parse_arguments(
         ["--precision", line["precision"], "--lora_dtype", line.get("lora_dtype", "float32"), "--mode", line["mode"]]
     )
-    choice = Choice(line.get("blocks_to_swap", 0), RECOMPUTED[line["recompute"]])
-    predicted = train_step.footprint(args).total(choice, ring=2) / 2**30
+    return train_step.footprint(args), Choice(line.get("blocks_to_swap", 0), RECOMPUTED[line["recompute"]])
+
+
+each = pytest.mark.parametrize(
+    "line", measured(), ids=lambda line: f"{line['precision']}-{line['recompute']}-{line.get('blocks_to_swap', 0)}"
+)
+
+
+@each
+def test_predicted_peaks_are_within_five_percent_of_measured_ones(line: dict) -> None:
+    footprint, choice = planned(line)
     peak = max(line["peak_gib"]) if isinstance(line["peak_gib"], list) else line["peak_gib"]
-    assert predicted == pytest.approx(peak, rel=0.05)
+    assert footprint.total(choice, ring=2) / 2**30 == pytest.approx(peak, rel=0.05)
+
+
+@each
+def test_predicted_seconds_are_near_the_measured_ones(line: dict) -> None:
+    if "H100" not in line["gpu"]:
+        pytest.skip("the speed is that of an H100")
+    footprint, choice = planned(line)
+    assert footprint.seconds(choice, H100) == pytest.approx(line["sec"], rel=0.12)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import itertools
 import math
 
 import pytest
@@ -161,6 +162,55 @@ def test_each_plan_needs_less_than_the_one_before():
     assert steps == sorted(steps, key=lambda step: -step[0]) and len(steps) > 10
     streaming = [step for step in steps if step[1]]
     assert all(step[2] == 48 for step in streaming) and streaming[-1][1] == 47
+
+
+FAST_LINK = Speed(450e12, 50e9)  # of an H100
+GAMING = Speed(100e12, 22e9)
+
+
+@pytest.mark.parametrize("speed", [FAST_LINK, GAMING], ids=["h100", "gaming"])
+@pytest.mark.parametrize("weights", ["dense", "fp8", "nf4"])
+@pytest.mark.parametrize("gib", [11.2, 16, 22, 30, 45, 75])
+def test_the_fastest_plan_that_fits_is_taken(gib: float, weights: str, speed: Speed) -> None:
+    footprint, host = full_size("av", weights), 12 * GIB
+    plan = settle(MemoryOptions(), footprint, gib * GIB, speed, host=host)
+    plain = settle(MemoryOptions(), footprint, gib * GIB)
+    assert plan.fits == plain.fits
+    seconds = footprint.seconds(plan.choice, speed)
+    assert seconds <= 1.0001 * footprint.seconds(plain.choice, speed)
+    assert plan.choice.streamed <= max(plain.choice.streamed, host // footprint.block)
+    for streamed in range(int(host // footprint.block)):
+        for recomputed in range(0, 49, 4):
+            other = Choice(streamed, recomputed)
+            if footprint.total(other, 2) <= gib * GIB - 0.8 * GIB:
+                assert seconds <= 1.07 * footprint.seconds(other, speed), other
+
+
+def test_hidden_copies_pay_for_kept_activations() -> None:
+    """Between full recomputation with all blocks resident and none at all."""
+    footprint = full_size("av", "nf4")
+    plain, plan = (settle(MemoryOptions(), footprint, 22 * GIB, speed) for speed in (None, FAST_LINK))
+    assert plain.choice.streamed == 0 and plan.choice.streamed > 20
+    assert plan.choice.recomputed < plain.choice.recomputed
+    assert footprint.seconds(plan.choice, FAST_LINK) < 0.9 * footprint.seconds(plain.choice, FAST_LINK)
+    assert settle(MemoryOptions(blocks_to_swap=0), footprint, 22 * GIB, FAST_LINK).choice == plain.choice
+    assert settle(MemoryOptions(), footprint, 22 * GIB, FAST_LINK, host=0).choice == plain.choice
+
+
+@pytest.mark.parametrize("weights", ["dense", "fp8", "nf4"])
+def test_nothing_is_streamed_where_everything_fits(weights: str) -> None:
+    assert settle(MemoryOptions(), full_size("av", weights), 75 * GIB, GAMING).choice == Choice()
+
+
+def test_a_tighter_plan_never_takes_back_what_is_streamed_or_recomputed() -> None:
+    plan = settle(MemoryOptions(), full_size("av", "fp8"), 60 * GIB, FAST_LINK)
+    steps = []
+    while plan is not None:
+        steps.append((plan.predicted, plan.choice))
+        plan = plan.tighter()
+    assert len(steps) > 10 and steps[-1][1].streamed == 47 and steps[-1][1].offload
+    for (before, first), (after, second) in itertools.pairwise(steps):
+        assert after < before and second.streamed >= first.streamed and second.recomputed >= first.recomputed
 
 
 def test_the_table_says_where_the_memory_goes_and_how_long_a_step_takes():

@@ -8,7 +8,8 @@ is what comes next. None of the choices changes a number of the training.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ltx2_tuner.memory.options import MemoryOptions
@@ -22,6 +23,9 @@ _RESERVE = 0.8 * _GIB
 _WORKING = 1.6
 _CLEARLY_LESS = 0.97
 _RECOMPUTE_STEPS = 12  # recomputation is chosen in so many portions of the blocks
+# What a choice has to save of a step before blocks are streamed that need not be, or some blocks recompute and others
+# do not: each kind is compiled by itself.
+_WORTH = 0.03
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,8 @@ class Footprint:
     block: one block's frozen weights; rest: weights outside of blocks; trained: adapters and optimizer state;
     gradients: of the adapters; gradients_wait: whether those of one pass are there while the next one runs; kept:
     activations of a block that is not recomputed; boundary: what stays of one that is; forward: floating point
-    operations of a forward pass; shards: processes that each keep a part of every block.
+    operations of a forward pass; apart: how many times as long these take where blocks are streamed, because weights
+    that come and go multiply by themselves; shards: processes that each keep a part of every block.
     """
 
     blocks: int
@@ -43,6 +48,7 @@ class Footprint:
     kept: int = 0
     boundary: int = 0
     forward: float = 0.0
+    apart: float = 1.0
     shards: int = 1
 
     def parts(self, choice: Choice, ring: int) -> dict[str, float]:
@@ -76,7 +82,7 @@ class Footprint:
 
     def seconds(self, choice: Choice, speed: Speed) -> float:
         """Of a step: its two passes, each as long as its arithmetic or its copies, whichever lasts longer."""
-        forward = self.forward / speed.operations
+        forward = self.forward / speed.operations * (self.apart if choice.streamed else 1.0)
         backward = forward * (1 + choice.recomputed / self.blocks)  # gradients of the inputs, and recomputation
         copies = choice.streamed * self.block / speed.copies
         return max(forward, copies) + max(backward, copies)
@@ -114,13 +120,21 @@ class Plan:
         return Choice(options.blocks_to_swap, options.recomputed_blocks, options.checkpoint_offload)
 
     def tighter(self) -> Plan | None:
-        """The next plan that needs clearly less memory, else one that streams more; None when there is none."""
-        ring, streamed = self.options.ring_size, self.options.blocks_to_swap
-        needs = [self.footprint.total(choice, ring) for choice in self.rest]
-        clearly = (index for index, need in enumerate(needs) if need < _CLEARLY_LESS * self.predicted)
+        """The next plan that needs clearly less memory, else one that streams more; None when there is none.
+
+        What is streamed or recomputed stays so.
+        """
+        ring, now = self.options.ring_size, self.choice
+        further = [
+            (index, choice)
+            for index, choice in enumerate(self.rest)
+            if choice.streamed >= now.streamed and choice.recomputed >= now.recomputed
+        ]
+        less = _CLEARLY_LESS * self.predicted
+        clearly = (index for index, choice in further if self.footprint.total(choice, ring) < less)
         # Where blocks are small, the estimate may not see what streaming saves.
-        streams_more = (index for index, choice in enumerate(self.rest) if choice.streamed > max(streamed, ring))
-        offloads = (index for index, choice in enumerate(self.rest) if choice.offload)
+        streams_more = (index for index, choice in further if choice.streamed > max(now.streamed, ring))
+        offloads = (index for index, choice in further if choice.offload)
         index = next(itertools.chain(clearly, streams_more, offloads), None)
         if index is None:
             return None
@@ -128,14 +142,27 @@ class Plan:
 
 
 def settle(
-    options: MemoryOptions, footprint: Footprint, budget: float, speed: Speed | None = None, *, training: bool = True
+    options: MemoryOptions,
+    footprint: Footprint,
+    budget: float,
+    speed: Speed | None = None,
+    *,
+    training: bool = True,
+    host: float = math.inf,
 ) -> Plan:
     """Fill in what was not typed, so that the estimate stays within `budget` bytes.
 
-    Tried in this order: everything resident; recomputation of ever more blocks; as few streamed blocks as it takes
-    (none of a sharded base); the inputs of recomputed blocks in host memory. A typed flag is never overridden.
+    The fastest choice by the predicted seconds: streamed blocks whose copies hide behind arithmetic cost nothing, and
+    their memory keeps activations that would be recomputed. Without a `speed`: everything resident; recomputation of
+    ever more blocks; as few streamed blocks as it takes (none of a sharded base); the inputs of recomputed blocks in
+    host memory. A typed flag is never overridden.
+
+    Args:
+        host: bytes that streamed blocks may take in host memory, unless nothing else fits.
     """
     choices = list(_choices(options, footprint.blocks, training))
+    if speed is not None and footprint.forward and training:
+        choices = _by_seconds(options, choices, footprint, speed, host)
     for index, choice in enumerate(choices):
         if footprint.total(choice, options.ring_size) + _RESERVE <= budget or index == len(choices) - 1:
             return _plan(options, choice, tuple(choices[index + 1 :]), footprint, budget, speed)
@@ -143,12 +170,7 @@ def settle(
 
 
 def _choices(options: MemoryOptions, blocks: int, training: bool) -> Iterator[Choice]:
-    portions = sorted({blocks * part // _RECOMPUTE_STEPS for part in range(_RECOMPUTE_STEPS + 1)})
-    recomputed = portions if options.checkpointing is None else [blocks if options.checkpointing else 0]
-    recomputed = recomputed if training else [0]
-    streamed = range(blocks) if options.blocks_to_swap is None else [options.blocks_to_swap]
-    if options.shard_base:
-        streamed = [0]
+    recomputed, streamed = _open(options, blocks, training)
     offload = options.checkpoint_offload
     for count in recomputed:
         yield Choice(streamed[0], count, offload)
@@ -156,6 +178,32 @@ def _choices(options: MemoryOptions, blocks: int, training: bool) -> Iterator[Ch
         yield Choice(count, recomputed[-1], offload)
     if recomputed[-1] and not offload:
         yield Choice(streamed[-1], recomputed[-1], True)
+
+
+def _by_seconds(
+    options: MemoryOptions, choices: list[Choice], footprint: Footprint, speed: Speed, host: float
+) -> list[Choice]:
+    """Every combination that takes no more of the host than it may, the fastest first; then what takes more."""
+    recomputed, streamed = _open(options, footprint.blocks, training=True)
+    least = streamed[0]
+
+    def cost(choice: Choice) -> tuple[float, int, int]:
+        some = 0 < choice.recomputed < footprint.blocks
+        factor = 1 + _WORTH * (choice.streamed > least) + _WORTH * some
+        return footprint.seconds(choice, speed) * factor, choice.streamed, choice.recomputed
+
+    grid = [Choice(s, r, options.checkpoint_offload) for s in streamed for r in recomputed]
+    modest = [choice for choice in grid if choice.streamed == least or choice.streamed * footprint.block <= host]
+    taken = set(modest)
+    return sorted(modest, key=cost) + [choice for choice in choices if choice not in taken]
+
+
+def _open(options: MemoryOptions, blocks: int, training: bool) -> tuple[Sequence[int], Sequence[int]]:
+    """How many blocks may be recomputed and how many streamed, given what was typed."""
+    portions = sorted({blocks * part // _RECOMPUTE_STEPS for part in range(_RECOMPUTE_STEPS + 1)})
+    recomputed = portions if options.checkpointing is None else [blocks if options.checkpointing else 0]
+    streamed = range(blocks) if options.blocks_to_swap is None else [options.blocks_to_swap]
+    return recomputed if training else [0], [0] if options.shard_base else streamed
 
 
 def _plan(

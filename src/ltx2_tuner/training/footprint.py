@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import psutil
 import torch
 
 from ltx2_tuner.data.batches import TrainingData
@@ -18,6 +19,7 @@ from ltx2_tuner.memory.planner import Footprint, Plan, settle
 from ltx2_tuner.memory.sizes import weight_sizes
 from ltx2_tuner.memory.speed import measure_speed
 from ltx2_tuner.models.transformer import LTXTransformer
+from ltx2_tuner.quantization.formats import WeightFormat
 
 if TYPE_CHECKING:
     from ltx2_tuner.training.sources import Processes, Sources, TrainingConfig
@@ -25,8 +27,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _SHARE = 0.95  # of the free memory; the rest is for what other programs take meanwhile
+_HOST_SHARE = 0.5  # of the host's free memory, for blocks that could stay on the device
 _TEXT_TOKENS = 1024  # of a cached prompt
 _GB = 1e9
+_APART = 1.1  # dense weights by themselves: about what joint products save of a step (docs/lab-notes.md)
 _CONTEXT = 0.5e9  # bytes that CUDA itself takes, outside of the allocator
 _STATIC_SHAPES = 3  # batch shapes that are worth a compilation each
 _CROWDED = 2**30  # bytes that other programs may have before they are mentioned
@@ -51,6 +55,7 @@ def plan_memory(config: TrainingConfig, sources: Sources, processes: Processes) 
         estimate(config, sources, processes.peers.count if options.shard_base else 1),
         budget,
         measure_speed(device),
+        host=_HOST_SHARE * psutil.virtual_memory().available / processes.peers.count,
     )
     (logger.info if plan.fits else logger.warning)("%s", plan.table)
     return plan
@@ -80,8 +85,14 @@ def estimate(config: TrainingConfig, sources: Sources, shards: int = 1) -> Footp
         kept=kept_bytes(sources.model, shape, config.dtype.itemsize),
         boundary=boundary_bytes(sources.model, shape, config.dtype.itemsize),
         forward=forward_operations(sources.model, shape, samples),
+        apart=apart(config.precision.weights),
         shards=shards,
     )
+
+
+def apart(weights: WeightFormat) -> float:
+    """How many times as long products take with weights that come and go: those that are expanded are joined anyway."""
+    return 1.0 if weights.kind in ("fp8", "nf4") and not weights.fp8_compute else _APART
 
 
 def moment_bytes(optimizer: str, values: int, itemsize: int) -> int:
