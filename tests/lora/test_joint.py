@@ -270,6 +270,30 @@ def test_quantised_weights_are_expanded_above_the_down_matrices(weights: str, st
     assert len(groups) == blocks.BLOCKS * (6 if alone else 6 + 6 + 4)
 
 
+@pytest.mark.parametrize("masters", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weights", ["dense", "nf4"])
+def test_joining_anew_leaves_nothing_of_the_first_time(weights: str, masters: torch.dtype) -> None:
+    """As a plan that streams more does, in the middle of a run."""
+    model, network = blocks.adapted(weights)
+    network.to(masters), network.set_compute_dtype(torch.float32)
+    expected = blocks.gradients(model, network)
+    join_adapters(model, network, torch.float32)
+    blocks.gradients(model, network)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.mul_(2)  # what stays of the first time would not follow
+    model.block_runner = BlockStore(model.transformer_blocks, (0, 2), torch.device("cpu"))
+    copies = join_adapters(model, network, torch.float32, streamed=True)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.div_(2)
+    for pair in zip(blocks.gradients(model, network), expected):
+        torch.testing.assert_close(*pair, rtol=1e-3, atol=1e-4)
+    if masters == torch.float32:
+        settled = [piece.settled for piece in copies.pieces if piece.rows is not None]
+        assert settled and all(settled)
+
+
 def kept_bytes(model: LTXTransformer) -> int:
     """What the graph of a pass holds on to, weights aside: whole memories, not the views of them."""
     weights = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}

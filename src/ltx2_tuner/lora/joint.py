@@ -17,7 +17,7 @@ from ltx2_tuner.lora.layer import LoRAAdapter, LoRALinear
 from ltx2_tuner.lora.network import LoRANetwork
 from ltx2_tuner.lora.working_copies import AdapterGroup, WorkingCopies
 from ltx2_tuner.models.transformer import LTXTransformer
-from ltx2_tuner.models.transformer.attention import Attention
+from ltx2_tuner.models.transformer.attention import Attention, project_out
 from ltx2_tuner.models.transformer.model import ATTENTION_TARGETS
 from ltx2_tuner.quantization import DenseLinear, FrozenLinear
 from ltx2_tuner.quantization.expand import stacked_linear
@@ -156,8 +156,7 @@ class JointAttention:
         self.of_context = None if reads_itself else JointLinear(attention, ("to_k", "to_v"), **how)
         self.out = JointLinear(attention.to_out, ("0",), **how)
         attention.project = self.project
-        if self.out.stack is not None:
-            attention.project_out = self.project_out
+        attention.project_out = project_out if self.out.stack is None else self.project_out
 
     @property
     def groups(self) -> list[AdapterGroup]:

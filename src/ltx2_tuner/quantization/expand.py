@@ -122,7 +122,9 @@ def _setup_stacked(ctx, inputs, output):
 def _backward_stacked(ctx, gradient):
     x, rows, *layers = ctx.saved_tensors
     count, biases, trained = ctx.counts
-    of_x = stacked_linear_input_gradient(gradient, layers[:count], layers[count:], rows, ctx.stored)
+    of_x = None
+    if ctx.needs_input_grad[0]:
+        of_x = stacked_linear_input_gradient(gradient, layers[:count], layers[count:], rows, ctx.stored)
     of_trained = gradient[..., -trained:].reshape(-1, trained).t() @ x.reshape(-1, x.shape[-1])
     return of_x, [None] * count, [None] * count, [None] * biases, None, None, of_trained, None
 
