@@ -183,7 +183,7 @@ def test_the_fastest_plan_that_fits_is_taken(gib: float, weights: str, speed: Sp
         for recomputed in range(0, 49, 4):
             other = Choice(streamed, recomputed)
             if footprint.total(other, 2) <= gib * GIB - 0.8 * GIB:
-                assert seconds <= 1.07 * footprint.seconds(other, speed), other
+                assert seconds <= 1.09 * footprint.seconds(other, speed), other
 
 
 def test_hidden_copies_pay_for_kept_activations() -> None:

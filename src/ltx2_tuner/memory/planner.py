@@ -23,9 +23,9 @@ _RESERVE = 0.8 * _GIB
 _WORKING = 1.6
 _CLEARLY_LESS = 0.97
 _RECOMPUTE_STEPS = 12  # recomputation is chosen in so many portions of the blocks
-# What a choice has to save of a step before blocks are streamed that need not be, or some blocks recompute and others
-# do not: each kind is compiled by itself.
-_WORTH = 0.03
+# What a choice has to save of a step before blocks are streamed that need not be, and before some blocks recompute and
+# others do not: each kind is compiled by itself.
+_STREAMING, _MIXTURE = 0.03, 0.05
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ def _by_seconds(
 
     def cost(choice: Choice) -> tuple[float, int, int]:
         some = 0 < choice.recomputed < footprint.blocks
-        factor = 1 + _WORTH * (choice.streamed > least) + _WORTH * some
+        factor = 1 + _STREAMING * (choice.streamed > least) + _MIXTURE * some
         return footprint.seconds(choice, speed) * factor, choice.streamed, choice.recomputed
 
     grid = [Choice(s, r, options.checkpoint_offload) for s in streamed for r in recomputed]
