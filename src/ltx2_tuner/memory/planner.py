@@ -2,7 +2,7 @@
 
 A plan is made before the weights are read: the bytes of blocks are known from the checkpoint's header, those of
 activations from the shapes of the largest batch. A rehearsal of that batch proves it; where it fails, `Plan.tighter`
-is what comes next. None of the choices changes a number of the training.
+is what comes next. None of the choices changes what is trained.
 """
 
 from __future__ import annotations
