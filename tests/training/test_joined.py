@@ -19,6 +19,8 @@ CASES = {
     "fp8": ("--ltx2_mode", "av", "--fp8_base", "--fp8_scaled"),
     "streamed nf4": ("--ltx2_mode", "av", "--nf4_base", "--blocks_to_swap", 1),
     "teacher": SELF_FLOW,
+    "teacher, recomputed": (*SELF_FLOW, "--gradient_checkpointing"),
+    "preservation, recomputed": ("--ltx2_mode", "av", "--prior_divergence", "--gradient_checkpointing"),
     "accumulated": ("--ltx2_mode", "av", "--gradient_accumulation_steps", 2, "--scale_weight_norms", 0.5),
 }
 
