@@ -243,7 +243,7 @@ def test_down_matrices_and_gates_are_rows_of_the_frozen_weights() -> None:
     down = torch.cat([layer.adapter.lora_down.weight for layer in (attention.to_q, attention.to_k, attention.to_v)])
     (group,) = [group for group in copies.groups if group.adapters[0] is attention.to_q.adapter]
     step(model, network)
-    assert group.stacked and torch.equal(group.rows, down)
+    assert group.copies.stacked and torch.equal(group.rows, down)
     weights = [attention.to_q.weight, attention.to_gate_logits.weight, group.rows]
     assert len({weight.untyped_storage().data_ptr() for weight in weights}) == 1
     after = frozen_weights(model)
@@ -265,7 +265,7 @@ def test_quantised_weights_are_expanded_above_the_down_matrices(weights: str, st
             assert torch.nn.functional.cosine_similarity(*(t.flatten() for t in pair), dim=0) > 0.99, name
             if weights != "fp8_compute":
                 torch.testing.assert_close(*pair, rtol=1e-4, atol=1e-5)
-    groups = [group for group in copies.groups if group.stacked]
+    groups = [group for group in copies.groups if group.copies.stacked]
     alone = weights == "fp8_compute" or (weights == "dense" and streamed)  # then only gates have them for neighbours
     assert len(groups) == blocks.BLOCKS * (6 if alone else 6 + 6 + 4)
 
@@ -331,11 +331,13 @@ def test_joining_keeps_no_more_for_the_backward_pass(weights: str, compiled: boo
     assert kept[1] <= 1.001 * kept[0], kept
 
 
-def test_a_pass_without_gradients_leaves_the_rows_to_those_that_need_them() -> None:
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+def test_a_pass_without_gradients_leaves_the_rows_to_those_that_need_them(recompute: bool) -> None:
     """A teacher's pass between a student's forward and backward pass must not change the student's gradient."""
     model, network = adapted()
     streams = tiny.inputs(model.config)
     join_adapters(model, network, torch.float32)
+    model.enable_gradient_checkpointing(recompute)
     expected = step(model, network)[2:]
     network.zero_grad(set_to_none=True)
     loss = sum(velocity.square().mean() for velocity in model(**streams))

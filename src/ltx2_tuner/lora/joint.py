@@ -95,7 +95,7 @@ class JointLinear:
         """x (..., in) -> the output (..., out) of each layer, and of the gates."""
         layers = [getattr(self.parent, name) for name in self.names]
         adds_group = self._adds_group(layers)
-        if adds_group and self.group.stacked and _multiplies_in(x) == self.stack.weight.dtype:
+        if adds_group and self.group.copies.stacked and _multiplies_in(x) == self.stack.weight.dtype:
             return self._stacked(x.to(self.stack.weight.dtype))
         gates = None if self.gates is None else self.gates(x)
         outputs = self._frozen(x)
@@ -110,7 +110,8 @@ class JointLinear:
 
     def _stacked(self, x: Tensor) -> tuple[tuple[Tensor, ...], Tensor | None]:
         """The same with the group's matrices and the gates as rows of one matrix."""
-        rows, bias, down = self.stack.weight, self.stack.bias, self.group.down
+        rows, bias = self.stack.weight, self.stack.bias
+        down = self.group.copies.down
         if self.expands:
             codes, scales = [base.codes for base in self.bases], [base.scale for base in self.bases]
             biases = [] if bias is None else [base.bias for base in self.bases]
@@ -131,7 +132,7 @@ class JointLinear:
     def _adds_group(self, layers: Sequence[nn.Module]) -> bool:
         """Whether the group's adapters are the ones in place, and act alike."""
         group = self.group
-        if group is None or group.down is None or any(s != group.strengths[0] for s in group.strengths):
+        if group is None or group.copies is None or any(s != group.strengths[0] for s in group.strengths):
             return False
         if group.strengths[0] == 0.0:
             return False

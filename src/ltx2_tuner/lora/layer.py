@@ -123,7 +123,9 @@ class LoRAAdapter(nn.Module):
         self.multiplier = 1.0
         self.enabled = True
         self.compute_dtype: torch.dtype | None = None
-        self.copies: tuple[Tensor, Tensor] | None = None  # what stands for both matrices in a pass (see `joint`)
+        # What stands for both matrices in passes with gradients, and without (see `working_copies`).
+        self.copies: tuple[Tensor, Tensor] | None = None
+        self.copies_without_gradients: tuple[Tensor, Tensor] | None = None
 
     @property
     def scale(self) -> float:
@@ -159,7 +161,8 @@ class LoRAAdapter(nn.Module):
         if not self.is_active:
             return base(x)
         scale = self.multiplier * self.scale
-        down, up = self.copies or (self.lora_down.weight, self.lora_up.weight)
+        copies = self.copies if torch.is_grad_enabled() else self.copies_without_gradients
+        down, up = copies or (self.lora_down.weight, self.lora_up.weight)
         autocast = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
         dtype = self.compute_dtype or autocast or down.dtype
         fused = isinstance(base, FrozenLinear) and dtype == (autocast or x.dtype)

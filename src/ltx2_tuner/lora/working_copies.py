@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,22 +24,35 @@ from ltx2_tuner.quantization.operators import operator
 from ltx2_tuner.side_by_side import empty, flat_of, views
 
 
+class Copies(NamedTuple):
+    """What passes of one kind read for a group of n adapters. stacked: `down` lies below a frozen weight."""
+
+    down: Tensor  # (n * r, in)
+    up: Tensor  # (n, out, r)
+    stacked: bool
+
+
 @dataclass(eq=False)
 class AdapterGroup:
     """Adapters (one or more) of equal shape whose layers read the same input.
 
-    down (n * r, in) and up (n, out, r) are the working copies of the current pass.
+    Passes with gradients have working copies of their own: one without may come between another's forward and backward
+    pass, which reads its copies again where it recomputes.
 
     Attributes:
         rows: below a frozen weight, where `down` lies in passes with gradients.
-        stacked: whether it lies there in the current pass.
+        with_gradients, without: what either kind of pass reads. Compiled code looks at one of them only.
     """
 
     adapters: tuple[LoRAAdapter, ...]
     rows: Tensor | None = None
-    down: Tensor | None = None
-    up: Tensor | None = None
-    stacked: bool = False
+    with_gradients: Copies | None = None
+    without: Copies | None = None
+
+    @property
+    def copies(self) -> Copies | None:
+        """Those of the present kind of pass."""
+        return self.with_gradients if torch.is_grad_enabled() else self.without
 
     @property
     def strengths(self) -> tuple[float, ...]:
@@ -52,34 +66,44 @@ class AdapterGroup:
         ups = _Piece([a.lora_up.weight for a in self.adapters], (count, first.out_features, first.rank))
         return downs, ups
 
-    def use(self, down: Tensor | None, up: Tensor | None) -> None:
-        self.down, self.up = down, up
-        self.stacked = down is not None and self.rows is not None and down.data_ptr() == self.rows.data_ptr()
+    def use(self, down: Tensor, up: Tensor) -> None:
+        """Read these in passes of the present kind."""
+        stacked = self.rows is not None and down.data_ptr() == self.rows.data_ptr()
+        count = len(self.adapters)
         # One by one the adapters multiply only where they are alone or where their strengths differ.
-        if down is None:
-            matrices = [None] * len(self.adapters)
-        elif len(self.adapters) > 1:
-            matrices = zip(down.chunk(len(self.adapters)), up.unbind())
+        matrices = zip(down.chunk(count), up.unbind()) if count > 1 else [(down, up.flatten(0, 1))]
+        if torch.is_grad_enabled():
+            self.forget()
+            self.with_gradients = Copies(down, up, stacked)
+            for adapter, copies in zip(self.adapters, matrices):
+                adapter.copies = copies
         else:
-            matrices = [(down, up.flatten(0, 1))]
-        for adapter, copies in zip(self.adapters, matrices):
-            adapter.copies = copies
+            self.without = Copies(down, up, stacked)
+            for adapter, copies in zip(self.adapters, matrices):
+                adapter.copies_without_gradients = copies
+
+    def forget(self) -> None:
+        """Let go of all copies."""
+        self.with_gradients = self.without = None
+        for adapter in self.adapters:
+            adapter.copies = adapter.copies_without_gradients = None
 
     def add(self, x: Tensor, outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The adapters of x (..., in) added to the outputs (..., out) of their layers."""
-        with multiplying_in(self.down.dtype, x.device.type):
-            hidden = F.linear(x.to(self.down.dtype).reshape(-1, x.shape[-1]), self.down)
+        down = self.copies.down
+        with multiplying_in(down.dtype, x.device.type):
+            hidden = F.linear(x.to(down.dtype).reshape(-1, x.shape[-1]), down)
         return self.add_up(hidden, outputs)
 
     def add_up(self, hidden: Tensor, outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The same, given the products (..., n * r) of x and `down`."""
-        strength, count = self.strengths[0], len(self.adapters)
+        up, strength, count = self.copies.up, self.strengths[0], len(self.adapters)
         if strength != 1.0:
             hidden = hidden * strength
         hidden = hidden.reshape(-1, hidden.shape[-1]).unflatten(1, (count, -1)).transpose(0, 1)  # (n, T, r)
-        with multiplying_in(self.up.dtype, hidden.device.type):
+        with multiplying_in(up.dtype, hidden.device.type):
             multiply = _up_products if torch.compiler.is_compiling() else _UpProducts.apply
-            added = multiply(hidden, self.up)  # (n, T, out)
+            added = multiply(hidden, up)  # (n, T, out)
         return tuple((out + part.view(out.shape)).to(out.dtype) for out, part in zip(outputs, added.unbind()))
 
 
@@ -190,7 +214,7 @@ class WorkingCopies:
         finally:
             self._leaves = None
             for group in self.groups:
-                group.use(None, None)
+                group.forget()
 
     def of_masters(self, gradients: Sequence[Tensor | None]) -> list[tuple[nn.Parameter, Tensor]]:
         """Gradients of the copies, None where a pass reached none -> trained masters and views of their gradients."""
