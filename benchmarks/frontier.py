@@ -21,7 +21,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
-import psutil
 import torch
 
 from benchmarks import train_step
@@ -29,6 +28,7 @@ from ltx2_tuner.memory.options import MemoryOptions
 from ltx2_tuner.memory.planner import Plan, settle
 from ltx2_tuner.memory.prepare import rearrange
 from ltx2_tuner.memory.speed import measure_speed
+from ltx2_tuner.training.footprint import spare_host_memory
 
 GB = 1e9
 CONTEXT = 0.5e9  # bytes that CUDA itself takes, outside of the allocator's limit
@@ -69,8 +69,7 @@ class Frontier:
             total = torch.cuda.get_device_properties(self.device).total_memory
             fraction = min(1.0, max(budget_gb * GB - CONTEXT, 0) / total)
             torch.cuda.set_per_process_memory_fraction(fraction, self.device)
-        host = 0.5 * psutil.virtual_memory().available
-        plan = settle(MemoryOptions(), self.footprint, budget_gb * GB, self.speed, host=host)
+        plan = settle(MemoryOptions(), self.footprint, budget_gb * GB, self.speed, host=spare_host_memory())
         failures = 0
         while plan is not None:
             seconds = self._attempt(plan)

@@ -316,11 +316,10 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
     seconds = measure(step, device)
     config = step.model.config
     tokens = {name: target.shape[1] for name, target in step.targets.items()}
-    options, layers = step.options, args.layers
-    recomputed = (layers if options.recomputed_blocks is None else options.recomputed_blocks) * bool(
-        options.checkpointing
-    )
-    work = flops(config, tokens.get("video", 0), tokens.get("audio", 0)) * (2 + recomputed / layers)
+    recomputed = 0
+    if step.options.checkpointing:
+        recomputed = args.layers if step.options.recomputed_blocks is None else step.options.recomputed_blocks
+    work = flops(config, tokens.get("video", 0), tokens.get("audio", 0)) * (2 + recomputed / args.layers)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     peak = next((value for key, value in PEAK_BF16.items() if key in name), None)
     line = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from torch import nn
@@ -17,6 +19,7 @@ from ltx2_tuner.quantization import Fp8Linear
 from ltx2_tuner.quantization.formats import WeightFormat, freeze
 from ltx2_tuner.training.regularizers.ema import Shadows
 from tests.memory import blocks
+from tests.memory.test_planner import Made
 from tests.models.transformer import tiny
 
 
@@ -294,25 +297,6 @@ def test_joining_anew_leaves_nothing_of_the_first_time(weights: str, masters: to
         assert settled and all(settled)
 
 
-def kept_bytes(model: LTXTransformer) -> int:
-    """What the graph of a pass holds on to, weights aside: whole memories, not the views of them."""
-    weights = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    waiting = [output.grad_fn for output in model(**tiny.inputs(model.config))]
-    seen, found = set(), {}
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        for name in (name for name in dir(node) if name.startswith("_saved_") or name == "saved_tensors"):
-            values = getattr(node, name)
-            for value in values if isinstance(values, tuple) else (values,):
-                if isinstance(value, torch.Tensor) and value.untyped_storage().data_ptr() not in weights:
-                    found[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
-        waiting += [function for function, _ in node.next_functions]
-    return sum(found.values())
-
-
 @pytest.mark.parametrize(
     ("weights", "compiled"),
     [("dense", False), ("nf4", False), ("dense", True), pytest.param("nf4", True, marks=pytest.mark.slow)],
@@ -327,7 +311,11 @@ def test_joining_keeps_no_more_for_the_backward_pass(weights: str, compiled: boo
         if compiled:
             torch._dynamo.reset()
             compile_blocks(model.transformer_blocks, backend="aot_eager_decomp_partition")
-        kept.append(kept_bytes(model))
+        with Made() as made:
+            outputs = model(**tiny.inputs(model.config))
+        gc.collect()
+        kept.append(made.held(model))
+        del outputs
     assert kept[1] <= 1.001 * kept[0], kept
 
 

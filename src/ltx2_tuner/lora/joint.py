@@ -21,6 +21,7 @@ from ltx2_tuner.models.transformer.attention import Attention, project_out
 from ltx2_tuner.models.transformer.model import ATTENTION_TARGETS
 from ltx2_tuner.quantization import DenseLinear, FrozenLinear
 from ltx2_tuner.quantization.expand import stacked_linear
+from ltx2_tuner.quantization.frozen import product_dtype
 from ltx2_tuner.quantization.joint import expanded_alike, first_rows, join, spare_rows
 from ltx2_tuner.quantization.products import PartlyTrainedProduct, partly_trained_linear
 
@@ -95,7 +96,7 @@ class JointLinear:
         """x (..., in) -> the output (..., out) of each layer, and of the gates."""
         layers = [getattr(self.parent, name) for name in self.names]
         adds_group = self._adds_group(layers)
-        if adds_group and self.group.copies.stacked and _multiplies_in(x) == self.stack.weight.dtype:
+        if adds_group and self.group.copies.stacked and product_dtype(x) == self.stack.weight.dtype:
             return self._stacked(x.to(self.stack.weight.dtype))
         gates = None if self.gates is None else self.gates(x)
         outputs = self._frozen(x)
@@ -183,12 +184,6 @@ class JointAttention:
         """See `Attention.project_out`."""
         (out,), _ = self.out(x)
         return out
-
-
-def _multiplies_in(x: Tensor) -> torch.dtype:
-    """The dtype of a product of x."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def _is_dense(layer: nn.Module, dtype: torch.dtype) -> bool:

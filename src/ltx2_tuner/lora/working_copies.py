@@ -24,7 +24,7 @@ from ltx2_tuner.quantization.operators import operator
 from ltx2_tuner.side_by_side import empty, flat_of, views
 
 
-class Copies(NamedTuple):
+class PassCopies(NamedTuple):
     """What passes of one kind read for a group of n adapters. stacked: `down` lies below a frozen weight."""
 
     down: Tensor  # (n * r, in)
@@ -46,11 +46,11 @@ class AdapterGroup:
 
     adapters: tuple[LoRAAdapter, ...]
     rows: Tensor | None = None
-    with_gradients: Copies | None = None
-    without: Copies | None = None
+    with_gradients: PassCopies | None = None
+    without: PassCopies | None = None
 
     @property
-    def copies(self) -> Copies | None:
+    def copies(self) -> PassCopies | None:
         """Those of the present kind of pass."""
         return self.with_gradients if torch.is_grad_enabled() else self.without
 
@@ -74,11 +74,11 @@ class AdapterGroup:
         matrices = zip(down.chunk(count), up.unbind()) if count > 1 else [(down, up.flatten(0, 1))]
         if torch.is_grad_enabled():
             self.forget()
-            self.with_gradients = Copies(down, up, stacked)
+            self.with_gradients = PassCopies(down, up, stacked)
             for adapter, copies in zip(self.adapters, matrices):
                 adapter.copies = copies
         else:
-            self.without = Copies(down, up, stacked)
+            self.without = PassCopies(down, up, stacked)
             for adapter, copies in zip(self.adapters, matrices):
                 adapter.copies_without_gradients = copies
 
@@ -178,9 +178,12 @@ class WorkingCopies:
         """What this pass reads for each piece."""
         # Without gradients the parameters may be others' for a while, as those of a teacher: they stay where they are,
         # and what lies below the frozen weights stays too, for passes whose backward pass is still to come.
-        settled = [piece.rows is not None and piece.settled for piece in self.pieces]
-        strays = [p for p, there in zip(self.pieces, settled) if p.rows is not None and with_gradients and not there]
-        apart = [p for p, there in zip(self.pieces, settled) if p.rows is None or not (with_gradients or there)]
+        apart, strays = [], []
+        for piece in self.pieces:
+            if piece.rows is None or not (with_gradients or piece.settled):
+                apart.append(piece)
+            elif not piece.settled:
+                strays.append(piece)
         if strays:
             places = [part for piece in strays for part in piece.rows.chunk(len(piece.masters))]
             masters = [master for piece in strays for master in piece.masters]

@@ -69,7 +69,7 @@ class FrozenLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        x = _autocast(x)
+        x = x.to(product_dtype(x))
         return self.compiled(x) if torch.compiler.is_compiling() else _FrozenProduct.apply(x, self)
 
     def _bias_for(self, x: Tensor) -> Tensor | None:
@@ -226,6 +226,7 @@ class _FrozenProduct(torch.autograd.Function):
         return ctx.layer.input_gradient(gradient), None
 
 
-def _autocast(x: Tensor) -> Tensor:
+def product_dtype(x: Tensor) -> torch.dtype:
+    """What x multiplies in: autocast's dtype, else its own."""
     kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _SHARE = 0.95  # of the free memory; the rest is for what other programs take meanwhile
-_HOST_SHARE = 0.5  # of the host's free memory, for blocks that could stay on the device
+_HOST_SHARE = 0.5  # of the host's free memory
 _TEXT_TOKENS = 1024  # of a cached prompt
 _GB = 1e9
 _APART = 1.1  # dense weights by themselves: about what joint products save of a step (docs/lab-notes.md)
@@ -55,7 +55,7 @@ def plan_memory(config: TrainingConfig, sources: Sources, processes: Processes) 
         estimate(config, sources, processes.peers.count if options.shard_base else 1),
         budget,
         measure_speed(device),
-        host=_HOST_SHARE * psutil.virtual_memory().available / processes.peers.count,
+        host=spare_host_memory() / processes.peers.count,
     )
     (logger.info if plan.fits else logger.warning)("%s", plan.table)
     return plan
@@ -88,6 +88,11 @@ def estimate(config: TrainingConfig, sources: Sources, shards: int = 1) -> Footp
         apart=apart(config.precision.weights),
         shards=shards,
     )
+
+
+def spare_host_memory() -> float:
+    """Bytes of the host for blocks that could stay on the device."""
+    return _HOST_SHARE * psutil.virtual_memory().available
 
 
 def apart(weights: WeightFormat) -> float:
