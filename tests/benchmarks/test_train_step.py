@@ -38,3 +38,19 @@ def test_prints_one_line_that_says_what_was_measured(arguments: list[str], capsy
 def test_counts_the_arithmetic_of_a_pass_at_full_size() -> None:
     config = train_step.TransformerConfig(num_layers=48)
     assert train_step.flops(config, 2688, 49) == pytest.approx(81.7e12, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("flags", "recomputed"),
+    [
+        ([], 0),
+        (["--recompute", "full"], 2),
+        (["--recompute", "auto"], 0),
+        (["--recompute", "auto", "--vram_budget", "50"], 0),
+        (["--recompute", "auto", "--vram_budget", "0.5"], 2),
+    ],
+)
+def test_auto_recomputes_what_the_budget_asks_for(flags: list[str], recomputed: int, monkeypatch) -> None:
+    monkeypatch.setattr(train_step, "WARM_UP", 0)
+    monkeypatch.setattr(train_step, "MEASURED", 1)
+    assert train_step.main([*SMALL, *flags])["recomputed_blocks"] == recomputed
