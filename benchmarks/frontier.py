@@ -61,20 +61,27 @@ class Frontier:
         self.footprint = train_step.footprint(args)
         self.speed = measure_speed(self.device)
         self.step: PlannedStep | None = None
+        self.last: tuple[MemoryOptions, dict[str, object]] | None = None  # what was measured last
 
     def measure(self, budget_gb: float) -> dict[str, object]:
         """One point; `sec` is None where nothing fits the budget."""
         _clear(self.device)
+        limit = math.inf
         if self.device.type == "cuda":
             total = torch.cuda.get_device_properties(self.device).total_memory
-            fraction = min(1.0, max(budget_gb * GB - CONTEXT, 0) / total)
-            torch.cuda.set_per_process_memory_fraction(fraction, self.device)
+            limit = min(total, max(budget_gb * GB - CONTEXT, 0))
+            torch.cuda.set_per_process_memory_fraction(limit / total)
         plan = settle(MemoryOptions(), self.footprint, budget_gb * GB, self.speed, host=spare_host_memory())
         failures = 0
         while plan is not None:
+            if self.last and self.last[0] == plan.options and self.last[1]["reserved_gib"] * 2**30 <= limit:
+                return {**self.last[1], "budget_gb": budget_gb, "stepped_down": failures}
             seconds = self._attempt(plan)
             if seconds is not None:
-                return _line(self.args, budget_gb, plan, seconds, failures)
+                recorded = self.step.graphs is not None and bool(self.step.graphs.recordings)
+                line = _line(self.args, budget_gb, plan, seconds, failures, recorded)
+                self.last = (plan.options, line) if self.device.type == "cuda" else None
+                return line
             failures += 1
             _clear(self.device)
             plan = plan.tighter()
@@ -92,9 +99,12 @@ class Frontier:
                 self.step.network.zero_grad(set_to_none=True)
                 self.step.follow(plan)
             _clear(self.device)
-            return train_step.measure(self.step, self.device)
+            seconds = train_step.measure(self.step, self.device)
         except torch.OutOfMemoryError:
             return None
+        # As the trainer's rehearsal does: a pass that there was no room to record does not count as fitting.
+        crowded = self.step.graphs is not None and self.step.graphs.refused and plan.tighter() is not None
+        return None if crowded else seconds
 
 
 def _clear(device: torch.device) -> None:
@@ -106,7 +116,12 @@ def _clear(device: torch.device) -> None:
 
 
 def _line(
-    args: argparse.Namespace, budget_gb: float, plan: Plan | None, seconds: float | None, failures: int
+    args: argparse.Namespace,
+    budget_gb: float,
+    plan: Plan | None,
+    seconds: float | None,
+    failures: int,
+    recorded: bool = False,
 ) -> dict[str, object]:
     on_cuda = args.device.startswith("cuda")
     gib = 2**30
@@ -120,6 +135,8 @@ def _line(
         "lora_dtype": args.lora_dtype,
         "streamed": plan and plan.options.blocks_to_swap,
         "recomputed": plan and plan.options.recomputed_blocks,
+        "ring": plan.options.ring if plan and plan.choice.streamed else 0,
+        "graphs": recorded,
         "sec": seconds and round(seconds, 4),
         "predicted_sec": round(plan.footprint.seconds(plan.choice, plan.speed), 4) if plan and plan.speed else None,
         "peak_gib": round(torch.cuda.max_memory_allocated() / gib, 2) if on_cuda else None,

@@ -23,9 +23,10 @@ import psutil
 HERE = Path(__file__).resolve().parent
 LOW = ["--lora_dtype", "bfloat16", "--recompute", "full"]
 ROWS = {
-    "fp8_streamed": ["train_step.py", "--precision", "fp8", "--blocks_to_swap", "40", *LOW],
+    "fp8_streamed": ["train_step.py", "--precision", "fp8", "--blocks_to_swap", "42", *LOW],
+    "fp8_streamed_less": ["train_step.py", "--precision", "fp8", "--blocks_to_swap", "38", *LOW],
     "bf16": ["train_step.py"],
-    "nf4_streamed": ["train_step.py", "--precision", "nf4", "--blocks_to_swap", "47", *LOW],
+    "nf4_streamed": ["train_step.py", "--precision", "nf4", "--blocks_to_swap", "47", "--ring", "6", *LOW],
     "bf16_recomputed": ["train_step.py", "--recompute", "full"],
     "fp8_products": ["train_step.py", "--precision", "fp8_compute"],
     "gradients": ["gradients.py", "--layers", "2"],

@@ -61,6 +61,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--vram_budget", type=float, metavar="GB", help="what auto plans for; default: the device")
     parser.add_argument("--blocks_to_swap", type=int, default=0)
+    parser.add_argument("--ring", type=int, default=3, help="device buffers for streamed blocks")
     parser.add_argument("--layers", type=int, default=48)
     parser.add_argument("--width_divisor", type=int, default=1, help="narrower heads, for machines without a big card")
     parser.add_argument("--lora_dtype", choices=("float32", "bfloat16"), default="float32")
@@ -199,6 +200,7 @@ def footprint(args: argparse.Namespace) -> Footprint:
         gradients=values * adapter,
         kept=kept_bytes(config, shape, 2),
         boundary=boundary_bytes(config, shape, 2),
+        expanded=sizes.expanded,
         forward=forward_operations(config, shape, 1),
         apart=apart(PRECISIONS[args.precision]),
     )
@@ -206,7 +208,9 @@ def footprint(args: argparse.Namespace) -> Footprint:
 
 def memory_options(args: argparse.Namespace, device: torch.device) -> MemoryOptions:
     """What the flags say; "auto" has the planner decide how many blocks are recomputed."""
-    options = MemoryOptions(blocks_to_swap=args.blocks_to_swap, checkpointing=args.recompute == "full")
+    options = MemoryOptions(
+        blocks_to_swap=args.blocks_to_swap, ring_size=args.ring, checkpointing=args.recompute == "full"
+    )
     if args.recompute != "auto":
         return options
     budget = args.vram_budget * 1e9 if args.vram_budget else float("inf")
@@ -327,6 +331,7 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
         "recompute": args.recompute,
         "recomputed_blocks": recomputed,
         "blocks_to_swap": args.blocks_to_swap,
+        "ring": step.options.ring if args.blocks_to_swap else 0,
         "mode": args.mode,
         "frames": args.frames,
         "size": list(args.size),

@@ -13,7 +13,7 @@ from ltx2_tuner.memory.speed import Speed
 
 ROOT = Path(__file__).resolve().parents[2]
 RECOMPUTED = {"none": 0, "full": 48}
-H100 = Speed(0.6 * 700e12, 50e9)  # as measure_speed finds it
+H100 = Speed(0.6 * 700e12, 45e9)  # as measure_speed finds it
 
 
 def measured() -> list[dict]:
@@ -34,7 +34,9 @@ def planned(line: dict) -> tuple[Footprint, Choice]:
     args = train_step.parse_arguments(
         ["--precision", line["precision"], "--lora_dtype", line.get("lora_dtype", "float32"), "--mode", line["mode"]]
     )
-    return train_step.footprint(args), Choice(line.get("blocks_to_swap", 0), RECOMPUTED[line["recompute"]])
+    return train_step.footprint(args), Choice(
+        line.get("blocks_to_swap", 0), RECOMPUTED[line["recompute"]], ring=line.get("ring") or 2
+    )
 
 
 each = pytest.mark.parametrize(
@@ -46,7 +48,7 @@ each = pytest.mark.parametrize(
 def test_predicted_peaks_are_within_five_percent_of_measured_ones(line: dict) -> None:
     footprint, choice = planned(line)
     peak = max(line["peak_gib"]) if isinstance(line["peak_gib"], list) else line["peak_gib"]
-    assert footprint.total(choice, ring=2) / 2**30 == pytest.approx(peak, rel=0.05)
+    assert footprint.total(choice) / 2**30 == pytest.approx(peak, rel=0.05)
 
 
 @each

@@ -13,9 +13,11 @@ from ltx2_tuner.lora import LoRALinear, LoRANetwork, Targets, select_layers
 from ltx2_tuner.lora.joint import join_adapters
 from ltx2_tuner.lora.working_copies import WorkingCopies
 from ltx2_tuner.memory.compilation import compile_blocks
+from ltx2_tuner.memory.options import CompileOptions, MemoryOptions
+from ltx2_tuner.memory.prepare import prepare_model
 from ltx2_tuner.memory.streaming import BlockStore
 from ltx2_tuner.models.transformer import LTXTransformer
-from ltx2_tuner.quantization import Fp8Linear
+from ltx2_tuner.quantization import Fp8Linear, QuantisedLinear, expand
 from ltx2_tuner.quantization.formats import WeightFormat, freeze
 from ltx2_tuner.training.regularizers.ema import Shadows
 from tests.memory import blocks
@@ -387,3 +389,28 @@ def test_parameters_may_be_elsewhere_for_a_while() -> None:
     for _ in range(2):
         assert all(torch.equal(*pair) for pair in zip(step(model, network), expected))
     assert len({parameter.untyped_storage().data_ptr() for parameter in network.parameters()}) == storages
+
+
+@pytest.mark.parametrize("weights", ["fp8", pytest.param("nf4", marks=pytest.mark.slow)])
+def test_a_recomputed_block_expands_each_matrix_once_a_pass(weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once for the forward pass, and once for the second run and the input's gradient together."""
+    expanded, results = [], []
+    original = expand.expand
+
+    def counted(*arguments: object) -> torch.Tensor:
+        expanded.append(arguments[0].shape)
+        return original(*arguments)
+
+    monkeypatch.setattr(expand, "expand", counted)
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        model, network = blocks.adapted(weights)
+        options = CompileOptions(enabled=compiled, backend="aot_eager_decomp_partition")
+        prepare_model(model, MemoryOptions(checkpointing=True), options, torch.device("cpu"))
+        join_adapters(model, network, torch.float32)
+        expanded.clear()
+        results.append(blocks.gradients(model, network))
+    matrices = sum(isinstance(layer, QuantisedLinear) for layer in model.transformer_blocks.modules())
+    assert len(expanded) == 2 * matrices
+    for pair in zip(*results):
+        torch.testing.assert_close(*pair, rtol=1e-4, atol=1e-5)

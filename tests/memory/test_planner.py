@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from ltx2_tuner.memory.activations import BatchShape, boundary_bytes, forward_operations, kept_bytes
 from ltx2_tuner.memory.options import MemoryOptions
-from ltx2_tuner.memory.planner import Choice, Footprint, settle
+from ltx2_tuner.memory.planner import Choice, Footprint, settle, spare
 from ltx2_tuner.memory.sizes import weight_sizes
 from ltx2_tuner.memory.speed import Speed
 from ltx2_tuner.models.transformer import LTXTransformer, TransformerConfig
@@ -50,19 +50,20 @@ def full_size(mode: str, weights: str = "dense", low: bool = False) -> Footprint
         gradients=values * (2 if low else 4),
         kept=kept_bytes(CONFIG, shape, 2),
         boundary=boundary_bytes(CONFIG, shape, 2),
+        expanded=sizes.expanded,
         forward=forward_operations(CONFIG, shape, 1),
     )
 
 
 @pytest.mark.parametrize(("mode", "recomputed", "measured"), [("av", 0, 69.6), ("av", 48, 39.7), ("video", 0, 47.6)])
 def test_the_estimate_is_within_five_percent_of_the_measured_peak(mode, recomputed, measured):
-    assert full_size(mode).total(Choice(0, recomputed), 2) / GIB == pytest.approx(measured, rel=0.05)
+    assert full_size(mode).total(Choice(0, recomputed)) / GIB == pytest.approx(measured, rel=0.05)
 
 
 def test_gradients_that_wait_for_another_pass_come_on_top():
     once, twice = full_size("av"), dataclasses.replace(full_size("av"), gradients_wait=True)
     for choice in (Choice(), Choice(recomputed=20), Choice(streamed=40, recomputed=48)):
-        assert twice.total(choice, 2) - once.total(choice, 2) == once.gradients
+        assert twice.total(choice) - once.total(choice) == once.gradients
 
 
 class Made(TorchDispatchMode):
@@ -114,10 +115,10 @@ def test_a_forward_pass_computes_what_was_counted():
     [
         (140, "dense", False, "none"),
         (60, "dense", False, "some"),
-        (41, "dense", False, "all"),
+        (42.5, "dense", False, "all"),
         (24, "dense", True, "all"),
         (22, "fp8", True, "all"),
-        (16.5, "nf4", False, "all"),
+        (18, "nf4", False, "all"),
         (11.2, "fp8", True, "all"),
         (11.2, "nf4", True, "all"),
     ],
@@ -131,8 +132,8 @@ def test_recomputation_comes_before_streaming(gib, weights, streams, recomputes)
     share = {0: "none", 48: "all"}.get(options.recomputed_blocks, "some")
     assert share == recomputes and options.checkpointing == (share != "none")
     if streams:
-        fewer = Choice(options.blocks_to_swap - 1, 48)
-        assert footprint.total(fewer, 2) > gib * GIB - GIB, "as few blocks as it takes"
+        fewer = Choice(options.blocks_to_swap - 1, 48, ring=options.ring)
+        assert footprint.total(fewer) + footprint.reserve(fewer) > gib * GIB, "as few blocks as it takes"
 
 
 @pytest.mark.parametrize(
@@ -182,8 +183,40 @@ def test_the_fastest_plan_that_fits_is_taken(gib: float, weights: str, speed: Sp
     for streamed in range(int(host // footprint.block)):
         for recomputed in range(0, 49, 4):
             other = Choice(streamed, recomputed)
-            if footprint.total(other, 2) <= gib * GIB - 0.8 * GIB:
+            if footprint.total(other) + footprint.reserve(other) <= gib * GIB:
                 assert seconds <= 1.09 * footprint.seconds(other, speed), other
+
+
+@pytest.mark.parametrize("weights", ["fp8", "nf4"])
+def test_a_third_buffer_is_taken_for_one_more_streamed_block(weights: str) -> None:
+    """The same memory and the same copies, but these run ahead of the arithmetic."""
+    footprint = full_size("av", weights)
+    plan = settle(MemoryOptions(checkpointing=True), footprint, 11.2 * GIB, GAMING)
+    two = settle(MemoryOptions(checkpointing=True, ring_size=2), footprint, 11.2 * GIB, GAMING)
+    assert (plan.options.ring_size, two.options.ring_size) == (3, 2)
+    assert plan.predicted == pytest.approx(two.predicted)
+    assert plan.choice.streamed == two.choice.streamed + 1
+    assert footprint.seconds(plan.choice, GAMING) == pytest.approx(footprint.seconds(two.choice, GAMING))
+    assert settle(MemoryOptions(blocks_to_swap=40), footprint, 75 * GIB, GAMING).options.ring_size == 3
+
+
+def test_two_buffers_are_left_where_three_do_not_fit() -> None:
+    footprint = full_size("av", "fp8")
+    choices = [Choice(47, 48, ring=ring) for ring in (2, 3)]
+    between = sum(footprint.total(choice) + footprint.reserve(choice) for choice in choices) / 2
+    plan = settle(MemoryOptions(), footprint, between, GAMING)
+    assert plan.fits and plan.choice == choices[0]
+    typed = settle(MemoryOptions(ring_size=3), footprint, between, GAMING)
+    assert typed.choice.ring == 3 and typed.choice.offload
+
+
+def test_a_plan_leaves_room_to_record_its_passes() -> None:
+    """What `TrainingGraphs` asks for, and gaps between activations; a pass that is not recorded is far slower."""
+    footprint = full_size("av", "nf4")
+    for gib in (11.2, 16, 24, 32, 48):
+        plan = settle(MemoryOptions(), footprint, gib * GIB, FAST_LINK)
+        activations = footprint.activations(plan.choice)
+        assert plan.fits and plan.predicted + spare(1.05 * activations) + 0.8 * GIB <= gib * GIB
 
 
 def test_hidden_copies_pay_for_kept_activations() -> None:
@@ -192,7 +225,7 @@ def test_hidden_copies_pay_for_kept_activations() -> None:
     plain, plan = (settle(MemoryOptions(), footprint, 22 * GIB, speed) for speed in (None, FAST_LINK))
     assert plain.choice.streamed == 0 and plan.choice.streamed > 20
     assert plan.choice.recomputed < plain.choice.recomputed
-    assert footprint.seconds(plan.choice, FAST_LINK) < 0.9 * footprint.seconds(plain.choice, FAST_LINK)
+    assert footprint.seconds(plan.choice, FAST_LINK) < 0.92 * footprint.seconds(plain.choice, FAST_LINK)
     assert settle(MemoryOptions(blocks_to_swap=0), footprint, 22 * GIB, FAST_LINK).choice == plain.choice
     assert settle(MemoryOptions(), footprint, 22 * GIB, FAST_LINK, host=0).choice == plain.choice
 
@@ -211,6 +244,7 @@ def test_a_tighter_plan_never_takes_back_what_is_streamed_or_recomputed() -> Non
     assert len(steps) > 10 and steps[-1][1].streamed == 47 and steps[-1][1].offload
     for (before, first), (after, second) in itertools.pairwise(steps):
         assert after < before and second.streamed >= first.streamed and second.recomputed >= first.recomputed
+        assert second.ring <= first.ring or not first.streamed
 
 
 def test_the_table_says_where_the_memory_goes_and_how_long_a_step_takes():
@@ -235,7 +269,7 @@ def test_a_sharded_base_takes_its_share_and_is_never_streamed():
     whole = full_size("av")
     footprint = dataclasses.replace(whole, shards=2)
     saved = 24 * whole.block - 2 * whole.block  # half of the blocks, less the ring
-    assert whole.total(Choice(0, 48), 2) - footprint.total(Choice(0, 48), 2) == pytest.approx(saved)
+    assert whole.total(Choice(0, 48)) - footprint.total(Choice(0, 48)) == pytest.approx(saved)
     plan = settle(MemoryOptions(shard_base=True), footprint, 24 * GIB, Speed(4e14, 5e10))
     assert "48 blocks sharded over 2 processes, 48 recomputed" in plan.table and "s/step" not in plan.table
     while plan is not None:

@@ -11,9 +11,7 @@ from ltx2_tuner.errors import UserError
 from ltx2_tuner.memory.options import MemoryOptions
 from ltx2_tuner.memory.planner import Choice
 from ltx2_tuner.training.environment import check_architecture, fitting, has_kernels
-from tests.memory.test_planner import GIB, full_size
-
-RING = MemoryOptions().ring_size
+from tests.memory.test_planner import full_size
 
 
 @pytest.mark.parametrize("weights", ["dense", "fp8", "nf4"])
@@ -21,9 +19,12 @@ RING = MemoryOptions().ring_size
 def test_the_smallest_count_of_streamed_blocks_is_told(weights, gigabytes):
     footprint = full_size("av", weights, low=True)
     line = fitting("card", MemoryOptions(), footprint, gigabytes * 1e9)
-    room = gigabytes * 1e9 - 0.8 * GIB  # what the planner leaves to CUDA
-    counts = [n for n in range(48) if footprint.total(Choice(n, 48), RING) <= room]
-    counts = counts or [47] * (footprint.total(Choice(47, 48, True), RING) <= room)
+
+    def fits(choice: Choice) -> bool:
+        return footprint.total(choice) + footprint.reserve(choice) <= gigabytes * 1e9
+
+    counts = [n for n in range(48) if fits(Choice(n, 48))]
+    counts = counts or [47] * fits(Choice(47, 48, True))
     if not counts:
         assert "does not fit" in line and "use fp8 or nf4" in line
     else:

@@ -12,6 +12,7 @@ from ltx2_tuner.errors import UserError
 from ltx2_tuner.memory.streaming import BlockStore
 from ltx2_tuner.models.transformer import LTXTransformer
 from ltx2_tuner.training.loop import Trainer
+from ltx2_tuner.training.rehearsal import Arrangement
 from tests.training.tiny import Clip, Recorder, make_trainer, write_checkpoint, write_workspace
 
 BLOCKS = 4
@@ -75,6 +76,22 @@ def test_some_blocks_may_be_enough(space, monkeypatch):
     assert same(plain, found)
 
 
+def test_a_plan_without_room_for_recorded_passes_is_not_taken(space, monkeypatch, caplog):
+    """Passes that are not recorded take several times as long; so the next plan is tried while there is one."""
+    plain = train(space)
+    tried = []
+
+    def crowded(arrangement):
+        tried.append((arrangement.plan.choice.streamed, arrangement.plan.choice.recomputed))
+        return tried[-1][1] < 2
+
+    monkeypatch.setattr(Arrangement, "crowded", property(crowded))
+    found = train(space, "--vram_budget", 100)
+    assert tried[0] == (0, 0) and tried[-1] == (0, 2) and len(tried) == 3
+    assert "it leaves no room for recorded passes" in caplog.text
+    assert same(plain, found)
+
+
 def test_a_rehearsal_changes_nothing(space, monkeypatch):
     plain = train(space)
     rehearsed = []
@@ -107,16 +124,21 @@ def test_a_typed_flag_is_kept_and_the_failure_is_told(space, monkeypatch):
 
 
 def test_streamed_sets_can_change(space):
-    """Blocks come home and others leave, and the numbers stay."""
+    """Blocks come home and others leave, the ring shrinks, and the numbers stay."""
     plain = train(space)
     recorder = Recorder()
     common = ["--ltx2_mode", "av", "--network_dropout", 0.1, "--audio_loss_balance_mode", "ema_mag"]
-    trainer = make_trainer(space.arguments(*common, "--blocks_to_swap", 1), recorder)
-    model = trainer.run.model
-    for streamed in ([0, 3], [1, 2, 3], [2]):
-        model.block_runner.restream(model.transformer_blocks, streamed)
-        assert model.block_runner.streamed == tuple(streamed)
-        assert len(model.block_runner._host) == len(streamed)
+    trainer = make_trainer(space.arguments(*common, "--blocks_to_swap", 1, "--block_swap_ring_size", 3), recorder)
+    store, blocks = trainer.run.model.block_runner, trainer.run.model.transformer_blocks
+    buffer = store.device_bytes // 3
+    for streamed, ring in (([0, 3], 3), ([1, 2, 3], 2), ([1, 2], 1)):
+        store.restream(blocks, streamed, ring)
+        assert store.streamed == tuple(streamed)
+        assert len(store._host) == len(streamed)
+        assert store.device_bytes == ring * buffer
+        matrices = [blocks[index].attn1.to_q for index in streamed]
+        bound = {(getattr(layer, "base", layer)).weight.untyped_storage().data_ptr() for layer in matrices}
+        assert bound <= {slot.buffer.untyped_storage().data_ptr() for slot in store._slots}
     trainer.train()
     assert same(plain, (recorder, trainer))
 

@@ -58,7 +58,7 @@ def add_memory_arguments(parser: argparse.ArgumentParser, *, training: bool = Tr
         "--use_pinned_memory_for_block_swap", **either, help="page-locked host memory (on where pinning works)"
     )
     group.add_argument("--block_swap_h2d_only", **flag, help="accepted: frozen weights never travel back anyway")
-    group.add_argument("--block_swap_ring_size", type=int, default=2, help="device buffers for streamed blocks")
+    group.add_argument("--block_swap_ring_size", type=int, help="device buffers for streamed blocks (3, or 2)")
     if training:
         group.add_argument(
             "--shard_base", **either, help="spread the frozen blocks over this machine's processes (FSDP2's default)"
@@ -129,7 +129,7 @@ def check_memory(args: argparse.Namespace) -> list[str]:
     if args.blocks_to_swap is not None and args.blocks_to_swap < 0:
         errors.append(f"--blocks_to_swap must be at least 0 (got {args.blocks_to_swap})")
     errors += _sharding_errors(args)
-    if args.block_swap_ring_size < 1:
+    if args.block_swap_ring_size is not None and args.block_swap_ring_size < 1:
         errors.append(f"--block_swap_ring_size must be at least 1 (got {args.block_swap_ring_size})")
     if args.ffn_chunk_size < 0 or args.split_attn_chunk_size < 0:
         errors.append("--ffn_chunk_size and --split_attn_chunk_size must be at least 0")

@@ -20,10 +20,10 @@ from ltx2_tuner.models.transformer import LTXTransformer
 from ltx2_tuner.models.transformer.attention import Attention, project_out
 from ltx2_tuner.models.transformer.model import ATTENTION_TARGETS
 from ltx2_tuner.quantization import DenseLinear, FrozenLinear
-from ltx2_tuner.quantization.expand import stacked_linear
+from ltx2_tuner.quantization.expand import expanded_stack, stacked_linear
 from ltx2_tuner.quantization.frozen import product_dtype
 from ltx2_tuner.quantization.joint import expanded_alike, first_rows, join, spare_rows
-from ltx2_tuner.quantization.products import PartlyTrainedProduct, partly_trained_linear
+from ltx2_tuner.quantization.products import PartlyTrainedProduct, add_bias, partly_trained_linear
 
 _ALIGNMENT = 128  # bytes of a row: torch's compiler pads others, and then cuBLAS does not add the bias by itself
 
@@ -111,15 +111,8 @@ class JointLinear:
 
     def _stacked(self, x: Tensor) -> tuple[tuple[Tensor, ...], Tensor | None]:
         """The same with the group's matrices and the gates as rows of one matrix."""
-        rows, bias = self.stack.weight, self.stack.bias
         down = self.group.copies.down
-        if self.expands:
-            codes, scales = [base.codes for base in self.bases], [base.scale for base in self.bases]
-            biases = [] if bias is None else [base.bias for base in self.bases]
-            together = stacked_linear(x, codes, scales, biases, rows, bias, down, self.bases[0].stored)
-        else:
-            multiply = partly_trained_linear if torch.compiler.is_compiling() else PartlyTrainedProduct.apply
-            together = multiply(x, rows, bias, down)
+        together = self._together(x, down)
         layers = [*self.bases, *self.stacked] if self.expands else self.stacked
         sizes = [layer.out_features for layer in layers] + ([self.unused] if self.unused else [])
         # No starred target: under torch 2.11's compiler that is a tuple.
@@ -129,6 +122,24 @@ class JointLinear:
         # A copy of a few columns: what the backward pass keeps of them would keep all the others, too.
         hidden = parts[-1].clone(memory_format=torch.contiguous_format)
         return self.group.add_up(hidden, outputs), gates
+
+    def _together(self, x: Tensor, down: Tensor) -> Tensor:
+        """x (..., in) times all rows -> (..., all outputs); `down` gets the gradient of the last ones."""
+        rows, bias = self.stack.weight, self.stack.bias
+        compiling = torch.compiler.is_compiling()
+        if not self.expands:
+            if not compiling:
+                return PartlyTrainedProduct.apply(x, rows, bias, down)
+            return add_bias(partly_trained_linear(x, rows, down), bias)
+        codes, scales = [base.codes for base in self.bases], [base.scale for base in self.bases]
+        if bias is not None:
+            bias = torch.cat([*(base.bias for base in self.bases), bias]).to(x.dtype)
+        stored = self.bases[0].stored
+        if not compiling:
+            return stacked_linear(x, codes, scales, rows, down, bias, stored)
+        if not self.bases[0].shown:
+            return add_bias(stacked_linear(x, codes, scales, rows, down, None, stored), bias)
+        return add_bias(partly_trained_linear(x, expanded_stack(codes, scales, rows, stored), down), bias)
 
     def _adds_group(self, layers: Sequence[nn.Module]) -> bool:
         """Whether the group's adapters are the ones in place, and act alike."""

@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import gc
 import logging
+import math
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -23,6 +24,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from ltx2_tuner.memory.planner import spare
 from ltx2_tuner.memory.streaming import BlockStore, RingState
 from ltx2_tuner.memory.two_streams import TwoStreams
 from ltx2_tuner.models.transformer import LTXTransformer, Modality
@@ -36,7 +38,6 @@ Streams = tuple[Modality | None, Modality | None]
 Velocities = tuple[Tensor | None, Tensor | None]
 WARM_UP = 2  # passes before the first recording: compilation and library set-up cannot be recorded
 WARM_UP_LATER = 1  # passes of any further shape
-_SPARE = 2**30  # bytes (or a quarter of what a pass needs) that stay free: validation cannot use what recordings hold
 _TOLERANCE = 1e-2  # between a recorded and an unrecorded pass, relative; attention gradients vary from run to run
 _PATIENCE = 4  # times a shape may push out the recordings of others before recording is given up
 
@@ -104,7 +105,7 @@ class TrainingGraphs:
         self.pool = torch.cuda.graph_pool_handle()
         self.held = 0  # bytes of the pool
         self.pushed_out = 0
-        self.main = torch.cuda.Stream()
+        self.main = torch.cuda.Stream(priority=-1)  # the picture's kernels go first: the sound's wait for gaps
         self.two_streams = TwoStreams()
         self.streams = streams
         self.anchor = torch.zeros((), requires_grad=True)  # what makes autograd call the backward pass
@@ -116,7 +117,7 @@ class TrainingGraphs:
     def remove(self) -> None:
         """The model's own forward again."""
         self.release()
-        del self.model.forward
+        vars(self.model).pop("forward", None)
 
     def release(self) -> None:
         """Give back the memory of all recordings; passes are recorded anew when their shapes come again."""
@@ -170,7 +171,7 @@ class TrainingGraphs:
     def _make_room(self) -> None:
         """Let go of the recordings where a pass that is not recorded would not fit beside them."""
         unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated() - self.held
-        if not self.recordings or _room() + max(unused, 0) > self.held + _SPARE:
+        if not self.recordings or _room() + max(unused, 0) > self.held + spare(math.inf):
             return
         self.release()
         self.pushed_out += 1
@@ -190,7 +191,7 @@ class TrainingGraphs:
         torch.cuda.empty_cache()  # the passes run so far hold memory of their own that the recording will need
         needed = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
         room = _room() - max(needed - self.held, 0)
-        if room < min(_SPARE, needed // 4):
+        if room < spare(needed):
             logger.info(
                 "a batch shape runs without a CUDA graph: it takes %.1f GiB, and %.1f would be left for validation",
                 needed / 2**30,

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 class MemoryOptions:
     """What trades memory for time.
 
-    budget_gb: None is what is free. blocks_to_swap: blocks that live in host memory. shard_base: each process of the
+    budget_gb: None is what is free. blocks_to_swap: blocks that live in host memory. ring_size: device buffers for
+    them. shard_base: each process of the
     machine keeps its part of every block, none of which is streamed. recomputed_blocks: how many, from
     the first on, `checkpointing` recomputes; None is all. split_mode: `batch` or `query`.
     """
@@ -17,7 +18,7 @@ class MemoryOptions:
     budget_gb: float | None = None
     blocks_to_swap: int | None = None
     pinned: bool | None = None
-    ring_size: int = 2
+    ring_size: int | None = None
     shard_base: bool = False
     checkpointing: bool | None = None
     recomputed_blocks: int | None = None
@@ -28,6 +29,11 @@ class MemoryOptions:
     split_mode: str | None = None
     split_chunk: int = 0
     attention: str = "sdpa"
+
+    @property
+    def ring(self) -> int:
+        """Device buffers for blocks that come and go; at least two, or copies would wait for arithmetic."""
+        return self.ring_size or 2
 
 
 @dataclass(frozen=True)

@@ -18,14 +18,24 @@ from ltx2_tuner.memory.speed import Speed
 _GIB = 2**30
 # CUDA context, library workspaces, one expanded matrix, fragmentation.
 _RESERVE = 0.8 * _GIB
+_FRAGMENTED = 0.05  # of the activations: gaps between them
 # What the backward pass of a recomputed block takes, in what a block keeps that is not: its activations, gradients of
 # them, expanded weights. The full-size model took 1.2 to 1.9 (docs/benchmarks.md).
 _WORKING = 1.6
+_EXPANDED = 0.4  # share of its expanded matrices that a recomputed block holds at once (0.3 GiB measured)
 _CLEARLY_LESS = 0.97
 _RECOMPUTE_STEPS = 12  # recomputation is chosen in so many portions of the blocks
+# Device buffers for streamed blocks: two let copies overlap with arithmetic, the third lets them run ahead of it. One
+# block more in the ring and one more streamed take the same memory and the same copies.
+_RINGS = (3, 2)
 # What a choice has to save of a step before blocks are streamed that need not be, and before some blocks recompute and
 # others do not: each kind is compiled by itself.
 _STREAMING, _MIXTURE = 0.03, 0.05
+
+
+def spare(needed: float) -> float:
+    """Bytes that a recorded pass, which needs so many of its own, leaves free: others cannot use what it holds."""
+    return min(float(_GIB), needed / 4)
 
 
 @dataclass(frozen=True)
@@ -34,9 +44,10 @@ class Footprint:
 
     block: one block's frozen weights; rest: weights outside of blocks; trained: adapters and optimizer state;
     gradients: of the adapters; gradients_wait: whether those of one pass are there while the next one runs; kept:
-    activations of a block that is not recomputed; boundary: what stays of one that is; forward: floating point
-    operations of a forward pass; apart: how many times as long these take where blocks are streamed, because weights
-    that come and go multiply by themselves; shards: processes that each keep a part of every block.
+    activations of a block that is not recomputed; boundary: what stays of one that is; expanded: a block's stored
+    matrices when they are dense; forward: floating point operations of a forward pass; apart: how many times as long
+    these take where blocks are streamed, because weights that come and go multiply by themselves; shards: processes
+    that each keep a part of every block.
     """
 
     blocks: int
@@ -47,13 +58,29 @@ class Footprint:
     gradients_wait: bool = False
     kept: int = 0
     boundary: int = 0
+    expanded: int = 0
     forward: float = 0.0
     apart: float = 1.0
     shards: int = 1
 
-    def parts(self, choice: Choice, ring: int) -> dict[str, float]:
+    def activations(self, choice: Choice) -> float:
+        """Bytes of the peak that are there during a pass only; without gradients that take their place."""
+        # The blocks that come first recompute: when the backward pass reaches them, the others' activations are gone.
+        # So what one block takes comes on top only where all recompute.
+        working = _WORKING * self.kept + _EXPANDED * self.expanded if choice.recomputed == self.blocks else 0
+        kept = self.kept * (self.blocks - choice.recomputed)
+        boundaries = self.boundary * (min(choice.recomputed, 2) if choice.offload else choice.recomputed)
+        # Gradients appear while activations go.
+        return working + max(kept + boundaries, 0 if self.gradients_wait else self.gradients)
+
+    def reserve(self, choice: Choice) -> float:
+        """Bytes that stay free: for CUDA itself, and what the recording of a pass has to leave to others."""
+        activations = self.activations(choice)
+        return _RESERVE + _FRAGMENTED * activations + spare(activations)
+
+    def parts(self, choice: Choice) -> dict[str, float]:
         """Where each byte of the peak goes."""
-        resident = self.blocks - choice.streamed
+        ring, resident = choice.ring, self.blocks - choice.streamed
         name = f"{resident} of {self.blocks} blocks"
         parts = {
             name if self.shards == 1 else f"1/{self.shards} of {name}": resident * self.block / self.shards,
@@ -64,37 +91,35 @@ class Footprint:
             parts["ring for streamed blocks"] = min(ring, choice.streamed) * self.block
         if self.shards > 1:
             parts["ring for whole blocks"] = ring * self.block
-        # The blocks that come first recompute: when the backward pass reaches them, the others' activations are gone.
-        # So what one block takes comes on top only where all recompute.
-        working = _WORKING * self.kept if choice.recomputed == self.blocks else 0
-        kept = self.kept * (self.blocks - choice.recomputed)
-        boundaries = self.boundary * (min(choice.recomputed, 2) if choice.offload else choice.recomputed)
         if self.gradients_wait:
             parts["gradients"] = self.gradients
-            parts["activations"] = working + kept + boundaries
-        else:  # gradients appear while activations go
-            parts["activations, then gradients"] = working + max(kept + boundaries, self.gradients)
+        parts["activations" if self.gradients_wait else "activations, then gradients"] = self.activations(choice)
         return parts
 
-    def total(self, choice: Choice, ring: int) -> float:
+    def total(self, choice: Choice) -> float:
         """Peak bytes on the device."""
-        return sum(self.parts(choice, ring).values())
+        return sum(self.parts(choice).values())
 
     def seconds(self, choice: Choice, speed: Speed) -> float:
         """Of a step: its two passes, each as long as its arithmetic or its copies, whichever lasts longer."""
         forward = self.forward / speed.operations * (self.apart if choice.streamed else 1.0)
         backward = forward * (1 + choice.recomputed / self.blocks)  # gradients of the inputs, and recomputation
-        copies = choice.streamed * self.block / speed.copies
+        # What the ring holds at the end of a pass is what the next one begins with.
+        copies = max(choice.streamed - choice.ring, 0) * self.block / speed.copies
         return max(forward, copies) + max(backward, copies)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One way to arrange a run. offload: what recomputed blocks start from waits in host memory."""
+    """One way to arrange a run.
+
+    offload: what recomputed blocks start from waits in host memory. ring: device buffers for streamed blocks.
+    """
 
     streamed: int = 0
     recomputed: int = 0
     offload: bool = False
+    ring: int = 2
 
 
 @dataclass(frozen=True)
@@ -117,23 +142,25 @@ class Plan:
     def choice(self) -> Choice:
         """What the options say."""
         options = self.options
-        return Choice(options.blocks_to_swap, options.recomputed_blocks, options.checkpoint_offload)
+        return Choice(options.blocks_to_swap, options.recomputed_blocks, options.checkpoint_offload, options.ring)
 
     def tighter(self) -> Plan | None:
         """The next plan that needs clearly less memory, else one that streams more; None when there is none.
 
-        What is streamed or recomputed stays so.
+        What is streamed or recomputed stays so, and no buffers are added.
         """
-        ring, now = self.options.ring_size, self.choice
+        now = self.choice
         further = [
             (index, choice)
             for index, choice in enumerate(self.rest)
-            if choice.streamed >= now.streamed and choice.recomputed >= now.recomputed
+            if choice.streamed >= now.streamed
+            and choice.recomputed >= now.recomputed
+            and (choice.ring <= now.ring or not now.streamed)
         ]
         less = _CLEARLY_LESS * self.predicted
-        clearly = (index for index, choice in further if self.footprint.total(choice, ring) < less)
+        clearly = (index for index, choice in further if self.footprint.total(choice) < less)
         # Where blocks are small, the estimate may not see what streaming saves.
-        streams_more = (index for index, choice in further if choice.streamed > max(now.streamed, ring))
+        streams_more = (index for index, choice in further if choice.streamed > max(now.streamed, now.ring))
         offloads = (index for index, choice in further if choice.offload)
         index = next(itertools.chain(clearly, streams_more, offloads), None)
         if index is None:
@@ -164,46 +191,56 @@ def settle(
     if speed is not None and footprint.forward and training:
         choices = _by_seconds(options, choices, footprint, speed, host)
     for index, choice in enumerate(choices):
-        if footprint.total(choice, options.ring_size) + _RESERVE <= budget or index == len(choices) - 1:
+        if footprint.total(choice) + footprint.reserve(choice) <= budget or index == len(choices) - 1:
             return _plan(options, choice, tuple(choices[index + 1 :]), footprint, budget, speed)
     raise AssertionError("there is always a choice")
 
 
 def _choices(options: MemoryOptions, blocks: int, training: bool) -> Iterator[Choice]:
-    recomputed, streamed = _open(options, blocks, training)
+    recomputed, streamed, rings = _open(options, blocks, training)
     offload = options.checkpoint_offload
     for count in recomputed:
-        yield Choice(streamed[0], count, offload)
+        yield Choice(streamed[0], count, offload, rings[0 if streamed[0] else -1])
     for count in streamed[1:]:
-        yield Choice(count, recomputed[-1], offload)
+        yield Choice(count, recomputed[-1], offload, rings[0])
+    for ring in rings[1:]:
+        yield Choice(streamed[-1], recomputed[-1], offload, ring)
     if recomputed[-1] and not offload:
-        yield Choice(streamed[-1], recomputed[-1], True)
+        yield Choice(streamed[-1], recomputed[-1], True, rings[-1])
 
 
 def _by_seconds(
     options: MemoryOptions, choices: list[Choice], footprint: Footprint, speed: Speed, host: float
 ) -> list[Choice]:
     """Every combination that takes no more of the host than it may, the fastest first; then what takes more."""
-    recomputed, streamed = _open(options, footprint.blocks, training=True)
+    recomputed, streamed, rings = _open(options, footprint.blocks, training=True)
     least = streamed[0]
 
-    def cost(choice: Choice) -> tuple[float, int, int]:
+    def cost(choice: Choice) -> tuple[float, int, int, int]:
         some = 0 < choice.recomputed < footprint.blocks
         factor = 1 + _STREAMING * (choice.streamed > least) + _MIXTURE * some
-        return footprint.seconds(choice, speed) * factor, choice.streamed, choice.recomputed
+        return footprint.seconds(choice, speed) * factor, -choice.ring, choice.streamed, choice.recomputed
 
-    grid = [Choice(s, r, options.checkpoint_offload) for s in streamed for r in recomputed]
+    grid = [
+        Choice(count, portion, options.checkpoint_offload, ring)
+        for count in streamed
+        for portion in recomputed
+        for ring in (rings if count else rings[-1:])
+    ]
     modest = [choice for choice in grid if choice.streamed == least or choice.streamed * footprint.block <= host]
     taken = set(modest)
     return sorted(modest, key=cost) + [choice for choice in choices if choice not in taken]
 
 
-def _open(options: MemoryOptions, blocks: int, training: bool) -> tuple[Sequence[int], Sequence[int]]:
-    """How many blocks may be recomputed and how many streamed, given what was typed."""
+def _open(options: MemoryOptions, blocks: int, training: bool) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:
+    """How many blocks may be recomputed, how many streamed, and through how many buffers, given what was typed."""
     portions = sorted({blocks * part // _RECOMPUTE_STEPS for part in range(_RECOMPUTE_STEPS + 1)})
     recomputed = portions if options.checkpointing is None else [blocks if options.checkpointing else 0]
     streamed = range(blocks) if options.blocks_to_swap is None else [options.blocks_to_swap]
-    return recomputed if training else [0], [0] if options.shard_base else streamed
+    rings = _RINGS[-1:] if options.shard_base else _RINGS
+    if options.ring_size is not None:
+        rings = (options.ring_size,)
+    return recomputed if training else [0], [0] if options.shard_base else streamed, rings
 
 
 def _plan(
@@ -214,8 +251,8 @@ def _plan(
     budget: float,
     speed: Speed | None,
 ) -> Plan:
-    parts = footprint.parts(choice, options.ring_size)
-    fits = sum(parts.values()) + _RESERVE <= budget
+    parts = footprint.parts(choice)
+    fits = sum(parts.values()) + footprint.reserve(choice) <= budget
     return Plan(
         options=replace(
             options,
@@ -223,6 +260,7 @@ def _plan(
             checkpointing=choice.recomputed > 0,
             recomputed_blocks=choice.recomputed,
             checkpoint_offload=choice.offload,
+            ring_size=choice.ring,
         ),
         predicted=sum(parts.values()),
         table=_table(choice, parts, footprint, budget, speed, fits),
@@ -242,7 +280,7 @@ def _table(
     speed: Speed | None,
     fits: bool,
 ) -> str:
-    rows = {**parts, "CUDA, workspaces, fragmentation": _RESERVE}
+    rows = {**parts, "CUDA, workspaces, spare": footprint.reserve(choice)}
     rows["sum"] = sum(rows.values())
     rows["budget"] = budget
     blocks = footprint.blocks

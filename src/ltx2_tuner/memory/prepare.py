@@ -16,6 +16,7 @@ from ltx2_tuner.memory.options import CompileOptions, MemoryOptions
 from ltx2_tuner.memory.sharding import BlockShards, ShardedStore
 from ltx2_tuner.memory.streaming import BlockStore, streamed_indices
 from ltx2_tuner.models.transformer import LTXTransformer
+from ltx2_tuner.quantization import QuantisedLinear
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +79,7 @@ def prepare_model(
     if shards is None:
         store = _stream(model, options, device, None, hosts)
     else:
-        store = ShardedStore(model.transformer_blocks, shards, device, ring=options.ring_size)
+        store = ShardedStore(model.transformer_blocks, shards, device, ring=options.ring)
         model.block_runner = store
     _recompute(model, options, device)
     compiled = _compile(model, compilation, device)
@@ -104,10 +105,10 @@ def _stream(
         return store
     indices = streamed_indices(len(blocks), options.blocks_to_swap)
     if store is None:
-        store = BlockStore(blocks, indices, device, ring=options.ring_size, pinned=options.pinned, hosts=hosts)
+        store = BlockStore(blocks, indices, device, ring=options.ring, pinned=options.pinned, hosts=hosts)
         model.block_runner = store
     else:
-        store.restream(blocks, indices)
+        store.restream(blocks, indices, options.ring)
     return store
 
 
@@ -118,6 +119,10 @@ def _recompute(model: LTXTransformer, options: MemoryOptions, device: torch.devi
     count = options.recomputed_blocks
     saved = {"saved_inputs": ActivationOffload(device)} if options.checkpoint_offload else {}
     model.enable_gradient_checkpointing(blocks=None if count is None else range(count), **saved)
+    for index, block in enumerate(model.transformer_blocks):
+        for layer in block.modules():
+            if isinstance(layer, QuantisedLinear):
+                layer.shown = count is None or index < count
 
 
 def _compile(model: LTXTransformer, options: CompileOptions, device: torch.device) -> bool:

@@ -167,12 +167,15 @@ class BlockStore:
             slot.holds, slot.ready = index, None
         self._direction, self._last = state.direction, state.last
 
-    def restream(self, blocks: Sequence[nn.Module], streamed: Sequence[int]) -> None:
-        """Stream other blocks from now on, between two passes; the ring stays as it is."""
+    def restream(self, blocks: Sequence[nn.Module], streamed: Sequence[int], ring: int) -> None:
+        """Stream other blocks from now on, between two passes, through at most as many device buffers as now."""
         if self._copies is not None:
             torch.cuda.synchronize(self.device)
+        del self._slots[ring:]
         for slot in self._slots:
             slot.holds = None
+        for index in self._pieces:
+            self._bind(index, self._slots[0])
         for index in streamed:
             if index not in self._pieces:
                 self._take(index, blocks[index], *layout(blocks[index]))

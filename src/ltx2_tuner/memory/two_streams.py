@@ -19,7 +19,7 @@ class TwoStreams:
     recomputes = True
 
     def __init__(self) -> None:
-        self.side = torch.cuda.Stream(priority=-1)
+        self.side = torch.cuda.Stream()
         self.kept: dict[int, list[object]] = {}
 
     def __call__(

@@ -1,7 +1,9 @@
 """Products with stored weights as operators that a compiler cannot look into.
 
 Traced openly, forward and backward expand the same weight, and the compiler would rather keep the dense matrix of every
-layer from one to the other than expand it twice: that is the memory quantisation is there to save.
+layer from one to the other than expand it twice: that is the memory quantisation is there to save. Blocks that
+recompute everything keep nothing from their forward pass; there compiled code sees the matrix (`expanded`), which then
+lives from the second forward run to the input's gradient and is made once for both.
 """
 
 from __future__ import annotations
@@ -42,24 +44,22 @@ def expand(
     return dense if column_scale is None else (dense / column_scale).to(dtype)
 
 
-def _stored_linear(
-    x: Tensor, codes: Tensor, scale: Tensor | None, column_scale: Tensor | None, bias: Tensor | None, stored: str
-) -> Tensor:
+def _stored_linear(x: Tensor, codes: Tensor, scale: Tensor | None, column_scale: Tensor | None, stored: str) -> Tensor:
     """x (..., in) -> (..., out) with the weight that `codes` stand for."""
-    return F.linear(x, expand(codes, scale, column_scale, stored, x.dtype), bias)
+    return F.linear(x, expand(codes, scale, column_scale, stored, x.dtype))
 
 
-def _fake(x, codes, scale, column_scale, bias, stored):
+def _fake(x, codes, scale, column_scale, stored):
     return x.new_empty(*x.shape[:-1], codes.shape[0])
 
 
 def _setup(ctx, inputs, output):
-    _, codes, scale, column_scale, _, ctx.stored = inputs
+    _, codes, scale, column_scale, ctx.stored = inputs
     ctx.save_for_backward(codes, scale, column_scale)
 
 
 def _backward(ctx, gradient):
-    return stored_linear_input_gradient(gradient, *ctx.saved_tensors, ctx.stored), None, None, None, None, None
+    return stored_linear_input_gradient(gradient, *ctx.saved_tensors, ctx.stored), None, None, None, None
 
 
 stored_linear = operator(_stored_linear, fake=_fake, setup=_setup, backward=_backward)
@@ -79,8 +79,33 @@ def _(gradient, codes, scale, column_scale, stored):
     return gradient.new_empty(*gradient.shape[:-1], width)
 
 
+@torch.library.custom_op("ltx2_tuner::expanded", mutates_args=())
+def expanded(
+    codes: Tensor, scale: Tensor | None, column_scale: Tensor | None, stored: str, dtype: torch.dtype
+) -> Tensor:
+    """`expand` as an operator: for compiled code that shall see the dense matrix."""
+    return expand(codes, scale, column_scale, stored, dtype)
+
+
+@expanded.register_fake
+def _(codes, scale, column_scale, stored, dtype):
+    width = codes.shape[1] * (2 if stored == NF4 else 1)
+    return codes.new_empty(codes.shape[0], width, dtype=dtype)
+
+
+@torch.library.custom_op("ltx2_tuner::expanded_stack", mutates_args=())
+def expanded_stack(codes: list[Tensor], scales: list[Tensor], rows: Tensor, stored: str) -> Tensor:
+    """The matrices of several layers and more dense `rows`, one below the other."""
+    return _expand_stack(codes, scales, rows, stored)
+
+
+@expanded_stack.register_fake
+def _(codes, scales, rows, stored):
+    return rows.new_empty(sum(layer.shape[0] for layer in codes) + rows.shape[0], rows.shape[1])
+
+
 def _expand_stack(codes: list[Tensor], scales: list[Tensor], rows: Tensor, stored: str) -> Tensor:
-    """The matrices of several layers and more `rows`, one below the other."""
+    """As an operator it is `expanded_stack`."""
     counts = [layer.shape[0] for layer in codes]
     weight = rows.new_empty(sum(counts) + rows.shape[0], rows.shape[1])
     *places, last = weight.split([*counts, rows.shape[0]])
@@ -94,39 +119,36 @@ def _stacked_linear(
     x: Tensor,
     codes: list[Tensor],
     scales: list[Tensor],
-    biases: list[Tensor],
     rows: Tensor,
-    row_bias: Tensor | None,
     trained: Tensor,
+    bias: Tensor | None,
     stored: str,
 ) -> Tensor:
     """Layers of one input x (..., in) and dense `rows` of the same width, as one product -> (..., all outputs).
 
-    `trained` is another tensor for the last of these rows: the one that gets their gradient. Without biases pass an
-    empty list.
+    `trained` is another tensor for the last of these rows: the one that gets their gradient. `bias` (all outputs).
     """
-    bias = torch.cat([*biases, row_bias]).to(x.dtype) if biases else None
     return F.linear(x, _expand_stack(codes, scales, rows, stored), bias)
 
 
-def _fake_stacked(x, codes, scales, biases, rows, row_bias, trained, stored):
+def _fake_stacked(x, codes, scales, rows, trained, bias, stored):
     return x.new_empty(*x.shape[:-1], sum(layer.shape[0] for layer in codes) + rows.shape[0])
 
 
 def _setup_stacked(ctx, inputs, output):
-    x, codes, scales, biases, rows, _, trained, ctx.stored = inputs
-    ctx.counts = len(codes), len(biases), trained.shape[0]
+    x, codes, scales, rows, trained, _, ctx.stored = inputs
+    ctx.counts = len(codes), trained.shape[0]
     ctx.save_for_backward(x, rows, *codes, *scales)
 
 
 def _backward_stacked(ctx, gradient):
     x, rows, *layers = ctx.saved_tensors
-    count, biases, trained = ctx.counts
+    count, trained = ctx.counts
     of_x = None
     if ctx.needs_input_grad[0]:
         of_x = stacked_linear_input_gradient(gradient, layers[:count], layers[count:], rows, ctx.stored)
     of_trained = gradient[..., -trained:].reshape(-1, trained).t() @ x.reshape(-1, x.shape[-1])
-    return of_x, [None] * count, [None] * count, [None] * biases, None, None, of_trained, None
+    return of_x, [None] * count, [None] * count, None, of_trained, None, None
 
 
 stacked_linear = operator(_stacked_linear, fake=_fake_stacked, setup=_setup_stacked, backward=_backward_stacked)

@@ -14,9 +14,10 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ltx2_tuner.quantization import products
-from ltx2_tuner.quantization.expand import NF4, expand, stored_linear, stored_linear_input_gradient
+from ltx2_tuner.quantization.expand import NF4, expand, expanded, stored_linear, stored_linear_input_gradient
 from ltx2_tuner.quantization.nf4 import Nf4Tensor
 
 
@@ -47,7 +48,7 @@ class FrozenLinear(nn.Linear):
         raise NotImplementedError
 
     def compiled(self, x: Tensor) -> Tensor:
-        """`product` with its gradient, in operators that suit a compiler."""
+        """`product` without the bias, with its gradient, in operators that suit a compiler."""
         raise NotImplementedError
 
     def storage(self) -> dict[str, Tensor]:
@@ -70,7 +71,9 @@ class FrozenLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
         x = x.to(product_dtype(x))
-        return self.compiled(x) if torch.compiler.is_compiling() else _FrozenProduct.apply(x, self)
+        if torch.compiler.is_compiling():
+            return products.add_bias(self.compiled(x), self.bias)
+        return _FrozenProduct.apply(x, self)
 
     def _bias_for(self, x: Tensor) -> Tensor | None:
         return None if self.bias is None else self.bias.to(x.dtype)
@@ -102,7 +105,7 @@ class DenseLinear(FrozenLinear):
         return products.dense_input_gradient(gradient, self.weight)
 
     def compiled(self, x: Tensor) -> Tensor:
-        return products.dense_linear(x, self.weight, self._bias_for(x))
+        return products.dense_linear(x, self.weight)
 
 
 class QuantisedLinear(FrozenLinear):
@@ -111,7 +114,12 @@ class QuantisedLinear(FrozenLinear):
     Args:
         codes: uint8, (out, in) for fp8, (out, in / 2) for nf4.
         scale, column_scale, stored: as `expand` takes them.
+
+    Attributes:
+        shown: whether compiled code sees the dense matrix; right only where a compiler may keep nothing of a pass.
     """
+
+    shown = False
 
     def __init__(
         self,
@@ -138,13 +146,15 @@ class QuantisedLinear(FrozenLinear):
         return expand(self.codes, self.scale, self.column_scale, self.stored, dtype)
 
     def product(self, x: Tensor) -> Tensor:
-        return stored_linear(x, self.codes, self.scale, self.column_scale, self._bias_for(x), self.stored)
+        return F.linear(x, self.dense(x.dtype), self._bias_for(x))
 
     def input_gradient(self, gradient: Tensor) -> Tensor:
         return stored_linear_input_gradient(gradient, self.codes, self.scale, self.column_scale, self.stored)
 
     def compiled(self, x: Tensor) -> Tensor:
-        return self.product(x)
+        if not self.shown:
+            return stored_linear(x, self.codes, self.scale, self.column_scale, self.stored)
+        return products.dense_linear(x, expanded(self.codes, self.scale, self.column_scale, self.stored, x.dtype))
 
 
 class Fp8Linear(QuantisedLinear):
@@ -183,7 +193,7 @@ class Fp8Linear(QuantisedLinear):
     def product(self, x: Tensor) -> Tensor:
         if not self.tensor_cores:
             return super().product(x)
-        return products.fp8_product(x, self.codes, self.scale, self._bias_for(x), self.stored)
+        return products.add_bias(products.fp8_product(x, self.codes, self.scale, self.stored), self.bias)
 
     def input_gradient(self, gradient: Tensor) -> Tensor:
         if not self.tensor_cores:
@@ -193,7 +203,7 @@ class Fp8Linear(QuantisedLinear):
     def compiled(self, x: Tensor) -> Tensor:
         if not self.tensor_cores:
             return super().compiled(x)
-        return products.fp8_linear(x, self.codes, self.scale, self.transposed, self._bias_for(x), self.stored)
+        return products.fp8_linear(x, self.codes, self.scale, self.transposed, self.stored)
 
 
 class Nf4Linear(QuantisedLinear):

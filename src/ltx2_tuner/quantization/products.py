@@ -1,7 +1,9 @@
 """Products with frozen weights as operators for compiled code, with the gradient of the input alone.
 
 Compilers look into these. Their derivatives refer to the stored tensors themselves, never to a view of one: what a
-compiled pass saves of a layer has to follow it to another place (see `FrozenLinear.rebind`).
+compiled pass saves of a layer has to follow it to another place (see `FrozenLinear.rebind`). The operators know no
+biases: `add_bias` comes after them, and the compiler has the next kernel add it. Where cuBLAS does, it takes kernels
+that are up to a seventh slower (docs/lab-notes.md).
 """
 
 from __future__ import annotations
@@ -13,6 +15,11 @@ from torch.nn import functional as F
 from ltx2_tuner.quantization import fp8
 from ltx2_tuner.quantization.expand import FP8
 from ltx2_tuner.quantization.operators import operator
+
+
+def add_bias(product: Tensor, bias: Tensor | None) -> Tensor:
+    """The product (..., out) with a layer's bias (out), if it has one."""
+    return product if bias is None else product + bias.to(product.dtype)
 
 
 def dense_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -34,18 +41,16 @@ class PartlyTrainedProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, trained: Tensor) -> Tensor:
-        _setup_partly_trained(ctx, (x, weight, bias, trained), None)
+        _setup_partly_trained(ctx, (x, weight, trained), None)
         return F.linear(x, weight, bias)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None, Tensor]:
-        x, weight = ctx.saved_tensors
-        rows = gradient[..., -ctx.rows :].reshape(-1, ctx.rows)
-        of_x = gradient @ weight if ctx.needs_input_grad[0] else None
-        return of_x, None, None, rows.t() @ x.reshape(-1, x.shape[-1])
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, None, None, Tensor]:
+        of_x, _, of_trained = _partly_trained_backward(ctx, gradient)
+        return of_x, None, None, of_trained
 
 
-def fp8_product(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, stored: str) -> Tensor:
+def fp8_product(x: Tensor, codes: Tensor, scale: Tensor, stored: str) -> Tensor:
     """x (..., in) -> (..., out) on the fp8 tensor cores.
 
     Args:
@@ -55,7 +60,7 @@ def fp8_product(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, st
     """
     rows, row_scale = fp8.quantise_rows(x.reshape(-1, x.shape[-1]))
     y = fp8.product(rows, row_scale, codes.view(FP8[stored]), scale, x.dtype)
-    return (y if bias is None else y + bias).view(*x.shape[:-1], codes.shape[0])
+    return y.view(*x.shape[:-1], codes.shape[0])
 
 
 def fp8_input_gradient(
@@ -71,45 +76,54 @@ def fp8_input_gradient(
     return x.view(*gradient.shape[:-1], transposed.shape[0])
 
 
+def _dense_linear(x: Tensor, weight: Tensor) -> Tensor:
+    return dense_product(x, weight, None)
+
+
 def _setup_dense(ctx, inputs, output):
     ctx.save_for_backward(inputs[1])
 
 
 def _dense_backward(ctx, gradient):
-    return dense_input_gradient(gradient, *ctx.saved_tensors), None, None
+    return dense_input_gradient(gradient, *ctx.saved_tensors), None
 
 
-dense_linear = operator(dense_product, setup=_setup_dense, backward=_dense_backward)
+dense_linear = operator(_dense_linear, setup=_setup_dense, backward=_dense_backward)
 
 
-def _partly_trained_product(x: Tensor, weight: Tensor, bias: Tensor | None, trained: Tensor) -> Tensor:
-    return F.linear(x, weight, bias)
+def _partly_trained_product(x: Tensor, weight: Tensor, trained: Tensor) -> Tensor:
+    return F.linear(x, weight)
 
 
 def _setup_partly_trained(ctx, inputs, output):
-    x, weight, _, trained = inputs
+    x, weight, trained = inputs
     ctx.rows = trained.shape[0]
     ctx.save_for_backward(x, weight)
 
 
+def _partly_trained_backward(ctx, gradient):
+    x, weight = ctx.saved_tensors
+    rows = gradient[..., -ctx.rows :].reshape(-1, ctx.rows)
+    of_x = gradient @ weight if ctx.needs_input_grad[0] else None
+    return of_x, None, rows.t() @ x.reshape(-1, x.shape[-1])
+
+
 partly_trained_linear = operator(
-    _partly_trained_product, setup=_setup_partly_trained, backward=PartlyTrainedProduct.backward
+    _partly_trained_product, setup=_setup_partly_trained, backward=_partly_trained_backward
 )
 
 
-def _fp8_linear(
-    x: Tensor, codes: Tensor, scale: Tensor, transposed: Tensor | None, bias: Tensor | None, stored: str
-) -> Tensor:
-    return fp8_product(x, codes, scale, bias, stored)
+def _fp8_linear(x: Tensor, codes: Tensor, scale: Tensor, transposed: Tensor | None, stored: str) -> Tensor:
+    return fp8_product(x, codes, scale, stored)
 
 
 def _setup_fp8(ctx, inputs, output):
-    _, codes, scale, transposed, _, ctx.stored = inputs
+    _, codes, scale, transposed, ctx.stored = inputs
     ctx.save_for_backward(codes, scale, transposed)
 
 
 def _fp8_backward(ctx, gradient):
-    return fp8_input_gradient(gradient, *ctx.saved_tensors, ctx.stored), None, None, None, None, None
+    return fp8_input_gradient(gradient, *ctx.saved_tensors, ctx.stored), None, None, None, None
 
 
 fp8_linear = operator(_fp8_linear, setup=_setup_fp8, backward=_fp8_backward)

@@ -99,7 +99,7 @@ def memory_lines(config: TrainingConfig, sources: Sources, device: torch.device)
 
 def fitting(label: str, options: MemoryOptions, footprint: Footprint, budget: float) -> str:
     """One line on how a run fits `budget` bytes with as few streamed blocks as it takes."""
-    plan = settle(options, footprint, budget)
+    plan = settle(replace(options, ring_size=options.ring), footprint, budget)
     choice = plan.choice
     if not plan.fits:
         return (

@@ -84,6 +84,7 @@ def estimate(config: TrainingConfig, sources: Sources, shards: int = 1) -> Footp
         gradients_wait=config.loop.accumulation > 1 or config.regularizers.preservation.active,
         kept=kept_bytes(sources.model, shape, config.dtype.itemsize),
         boundary=boundary_bytes(sources.model, shape, config.dtype.itemsize),
+        expanded=sizes.expanded,
         forward=forward_operations(sources.model, shape, samples),
         apart=apart(config.precision.weights),
         shards=shards,

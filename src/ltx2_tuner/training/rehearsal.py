@@ -1,7 +1,8 @@
 """The largest batch, tried before the first epoch: no run dies of memory at step 700.
 
-Where it does not fit, more blocks are recomputed, then more are streamed, until it does. Nothing that is trained or
-drawn later changes by it.
+Where it does not fit, more blocks are recomputed, then more are streamed, until it does. A pass that fits but leaves no
+room to record it takes two to four times as long, so that counts as not fitting, too, as long as there is another plan.
+Nothing that is trained or drawn later changes by it.
 """
 
 from __future__ import annotations
@@ -77,6 +78,12 @@ class Arrangement:
         if on_cuda:
             self.graphs = accelerate(self.model, self.network, self.prepared, self.dtype, stays=self.stays)
 
+    @property
+    def crowded(self) -> bool:
+        """Whether a pass has run that there was no room to record, though another plan would leave some."""
+        refused = self.graphs is not None and bool(self.graphs.refused)
+        return refused and self.plan is not None and self.plan.tighter() is not None
+
     def release(self) -> None:
         """Give back what recorded passes hold: previews need the memory, and may move the weights."""
         if self.graphs is not None:
@@ -118,6 +125,8 @@ def _attempt(trainer: Trainer, batch: dict, arrangement: Arrangement, optimizer:
                     trainer.run.optimizer.zero_grad(set_to_none=True)
     except torch.OutOfMemoryError as error:
         return str(error)
+    if arrangement.crowded:
+        return "it leaves no room for recorded passes, which are much faster"
     if device.type == "cuda":
         planned = "" if arrangement.plan is None else f" (planned {arrangement.plan.predicted / _GIB:.1f})"
         logger.info(
