@@ -35,7 +35,7 @@ from ltx2_tuner.models.transformer.tokens import audio_latent_length, audio_posi
 from ltx2_tuner.quantization import is_quantisable
 from ltx2_tuner.quantization.formats import WeightFormat, freeze
 from ltx2_tuner.training.acceleration import accelerate
-from ltx2_tuner.training.footprint import apart
+from ltx2_tuner.training.footprint import apart, effort
 
 WARM_UP, MEASURED = 4, 6
 TEXT_TOKENS = 1024
@@ -201,7 +201,7 @@ def footprint(args: argparse.Namespace) -> Footprint:
         kept=kept_bytes(config, shape, 2),
         boundary=boundary_bytes(config, shape, 2),
         expanded=sizes.expanded,
-        forward=forward_operations(config, shape, 1),
+        forward=forward_operations(config, shape, 1) * effort(PRECISIONS[args.precision]),
         apart=apart(PRECISIONS[args.precision]),
     )
 

@@ -222,12 +222,12 @@ def test_a_plan_leaves_room_to_record_its_passes() -> None:
 def test_hidden_copies_pay_for_kept_activations() -> None:
     """Between full recomputation with all blocks resident and none at all."""
     footprint = full_size("av", "nf4")
-    plain, plan = (settle(MemoryOptions(), footprint, 22 * GIB, speed) for speed in (None, FAST_LINK))
+    plain, plan = (settle(MemoryOptions(), footprint, 26 * GIB, speed) for speed in (None, FAST_LINK))
     assert plain.choice.streamed == 0 and plan.choice.streamed > 20
     assert plan.choice.recomputed < plain.choice.recomputed
-    assert footprint.seconds(plan.choice, FAST_LINK) < 0.92 * footprint.seconds(plain.choice, FAST_LINK)
-    assert settle(MemoryOptions(blocks_to_swap=0), footprint, 22 * GIB, FAST_LINK).choice == plain.choice
-    assert settle(MemoryOptions(), footprint, 22 * GIB, FAST_LINK, host=0).choice == plain.choice
+    assert footprint.seconds(plan.choice, FAST_LINK) < 0.95 * footprint.seconds(plain.choice, FAST_LINK)
+    assert settle(MemoryOptions(blocks_to_swap=0), footprint, 26 * GIB, FAST_LINK).choice == plain.choice
+    assert settle(MemoryOptions(), footprint, 26 * GIB, FAST_LINK, host=0).choice == plain.choice
 
 
 @pytest.mark.parametrize("weights", ["dense", "fp8", "nf4"])

@@ -24,6 +24,7 @@ _FRAGMENTED = 0.05  # of the activations: gaps between them
 _WORKING = 1.6
 _EXPANDED = 0.4  # share of its expanded matrices that a recomputed block holds at once (0.3 GiB measured)
 _CLEARLY_LESS = 0.97
+_AGAIN = 0.7  # of a forward pass: what only the results of a block's parts need is not computed again
 _RECOMPUTE_STEPS = 12  # recomputation is chosen in so many portions of the blocks
 # Device buffers for streamed blocks: two let copies overlap with arithmetic, the third lets them run ahead of it. One
 # block more in the ring and one more streamed take the same memory and the same copies.
@@ -45,9 +46,9 @@ class Footprint:
     block: one block's frozen weights; rest: weights outside of blocks; trained: adapters and optimizer state;
     gradients: of the adapters; gradients_wait: whether those of one pass are there while the next one runs; kept:
     activations of a block that is not recomputed; boundary: what stays of one that is; expanded: a block's stored
-    matrices when they are dense; forward: floating point operations of a forward pass; apart: how many times as long
-    these take where blocks are streamed, because weights that come and go multiply by themselves; shards: processes
-    that each keep a part of every block.
+    matrices when they are dense; forward: the work of a forward pass, in bf16's floating point operations; apart: how
+    many times as long it takes where blocks are streamed, because weights that come and go multiply by themselves;
+    shards: processes that each keep a part of every block.
     """
 
     blocks: int
@@ -103,7 +104,7 @@ class Footprint:
     def seconds(self, choice: Choice, speed: Speed) -> float:
         """Of a step: its two passes, each as long as its arithmetic or its copies, whichever lasts longer."""
         forward = self.forward / speed.operations * (self.apart if choice.streamed else 1.0)
-        backward = forward * (1 + choice.recomputed / self.blocks)  # gradients of the inputs, and recomputation
+        backward = forward * (1 + _AGAIN * choice.recomputed / self.blocks)  # gradients of the inputs, recomputation
         # What the ring holds at the end of a pass is what the next one begins with.
         copies = max(choice.streamed - choice.ring, 0) * self.block / speed.copies
         return max(forward, copies) + max(backward, copies)

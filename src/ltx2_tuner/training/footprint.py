@@ -31,6 +31,7 @@ _HOST_SHARE = 0.5  # of the host's free memory
 _TEXT_TOKENS = 1024  # of a cached prompt
 _GB = 1e9
 _APART = 1.1  # dense weights by themselves: about what joint products save of a step (docs/lab-notes.md)
+_EXPANDING, _FP8_PRODUCTS = 1.1, 0.8  # time of a step with such weights, bf16's is 1 (docs/benchmarks.md)
 _CONTEXT = 0.5e9  # bytes that CUDA itself takes, outside of the allocator
 _STATIC_SHAPES = 3  # batch shapes that are worth a compilation each
 _CROWDED = 2**30  # bytes that other programs may have before they are mentioned
@@ -85,7 +86,7 @@ def estimate(config: TrainingConfig, sources: Sources, shards: int = 1) -> Footp
         kept=kept_bytes(sources.model, shape, config.dtype.itemsize),
         boundary=boundary_bytes(sources.model, shape, config.dtype.itemsize),
         expanded=sizes.expanded,
-        forward=forward_operations(sources.model, shape, samples),
+        forward=forward_operations(sources.model, shape, samples) * effort(config.precision.weights),
         apart=apart(config.precision.weights),
         shards=shards,
     )
@@ -99,6 +100,13 @@ def spare_host_memory() -> float:
 def apart(weights: WeightFormat) -> float:
     """How many times as long products take with weights that come and go: those that are expanded are joined anyway."""
     return 1.0 if weights.kind in ("fp8", "nf4") and not weights.fp8_compute else _APART
+
+
+def effort(weights: WeightFormat) -> float:
+    """How long arithmetic takes, in what it takes with bf16 weights."""
+    if weights.fp8_compute:
+        return _FP8_PRODUCTS
+    return _EXPANDING if weights.kind in ("fp8", "nf4") else 1.0
 
 
 def moment_bytes(optimizer: str, values: int, itemsize: int) -> int:

@@ -1,7 +1,7 @@
 """The largest batch, tried before the first epoch: no run dies of memory at step 700.
 
 Where it does not fit, more blocks are recomputed, then more are streamed, until it does. A pass that fits but leaves no
-room to record it takes two to four times as long, so that counts as not fitting, too, as long as there is another plan.
+room to record it can take several times as long, so a few plans that need less are tried before it is put up with.
 Nothing that is trained or drawn later changes by it.
 """
 
@@ -27,6 +27,7 @@ from ltx2_tuner.training.loop import Trainer
 
 logger = logging.getLogger(__name__)
 
+_STEPS = 4  # how often a plan may be tightened for the sake of recording
 _PASSES = 3  # what is recorded as a CUDA graph is recorded in the third pass
 _GIB = 2**30
 
@@ -57,6 +58,7 @@ class Arrangement:
     ) -> None:
         self.model, self.network, self.device, self.dtype, self.plan = model, network, device, dtype, plan
         self.stays = stays
+        self.tightened = 0
         self.prepared = prepare_model(model, options, compilation, device, shards, hosts)
         self._accelerate()
 
@@ -66,6 +68,7 @@ class Arrangement:
         if following is None:
             return False
         self.plan = following
+        self.tightened += 1
         if self.graphs is not None:
             self.graphs.remove()
         self.prepared = rearrange(self.model, self.prepared, following.options, self.device)
@@ -80,9 +83,9 @@ class Arrangement:
 
     @property
     def crowded(self) -> bool:
-        """Whether a pass has run that there was no room to record, though another plan would leave some."""
+        """Whether a pass has run that there was no room to record, though another plan may leave some."""
         refused = self.graphs is not None and bool(self.graphs.refused)
-        return refused and self.plan is not None and self.plan.tighter() is not None
+        return refused and self.tightened < _STEPS and self.plan is not None and self.plan.tighter() is not None
 
     def release(self) -> None:
         """Give back what recorded passes hold: previews need the memory, and may move the weights."""
