@@ -32,7 +32,7 @@ class MemoryOptions:
 
     @property
     def ring(self) -> int:
-        """Device buffers for blocks that come and go; at least two, or copies would wait for arithmetic."""
+        """Device buffers for blocks that come and go; two, so that copies overlap with arithmetic, unless typed."""
         return self.ring_size or 2
 
 

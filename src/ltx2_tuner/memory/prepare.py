@@ -121,7 +121,7 @@ def _recompute(model: LTXTransformer, options: MemoryOptions, device: torch.devi
     model.enable_gradient_checkpointing(blocks=None if count is None else range(count), **saved)
     for index, block in enumerate(model.transformer_blocks):
         for layer in block.modules():
-            if isinstance(layer, QuantisedLinear):
+            if isinstance(layer, QuantisedLinear):  # see `quantization.expand`
                 layer.shown = count is None or index < count
 
 
