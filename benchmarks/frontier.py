@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import logging
 import math
 import subprocess
 import sys
@@ -198,6 +199,7 @@ def main(argv: list[str] | None = None) -> int:
         text = Path(args.draw[0]).read_text(encoding="utf-8")
         draw([json.loads(line) for line in text.splitlines() if line.startswith("{")], Path(args.draw[1]))
         return 0
+    logging.basicConfig(level=logging.INFO, format="%(message)s")  # why a pass was not recorded, for one
     for precision in args.precisions:
         if not args.here:
             budgets = ["--budgets", *map(str, args.budgets)]
