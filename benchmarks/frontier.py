@@ -30,6 +30,7 @@ from ltx2_tuner.memory.planner import Plan, settle
 from ltx2_tuner.memory.prepare import rearrange
 from ltx2_tuner.memory.speed import measure_speed
 from ltx2_tuner.training.footprint import spare_host_memory
+from ltx2_tuner.training.rehearsal import crowded
 
 GB = 1e9
 CONTEXT = 0.5e9  # bytes that CUDA itself takes, outside of the allocator's limit
@@ -103,9 +104,8 @@ class Frontier:
             seconds = train_step.measure(self.step, self.device)
         except torch.OutOfMemoryError:
             return None
-        # As the trainer's rehearsal does: a pass that there was no room to record does not count as fitting.
-        crowded = self.step.graphs is not None and self.step.graphs.refused and plan.tighter() is not None
-        return None if crowded else seconds
+        # As in the trainer's rehearsal, a pass that there was no room to record does not count as fitting.
+        return None if crowded(self.step.graphs, plan) else seconds
 
 
 def _clear(device: torch.device) -> None:

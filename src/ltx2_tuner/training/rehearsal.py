@@ -15,6 +15,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from ltx2_tuner.memory.graphs import TrainingGraphs
 from ltx2_tuner.memory.host_blocks import HostBlocks
 from ltx2_tuner.memory.options import CompileOptions, MemoryOptions
 from ltx2_tuner.memory.planner import Plan
@@ -83,14 +84,19 @@ class Arrangement:
 
     @property
     def crowded(self) -> bool:
-        """Whether a pass has run that there was no room to record, though another plan may leave some."""
-        refused = self.graphs is not None and bool(self.graphs.refused)
-        return refused and self.tightened < _STEPS and self.plan is not None and self.plan.tighter() is not None
+        """Whether another plan shall be tried for the sake of recording."""
+        return self.tightened < _STEPS and crowded(self.graphs, self.plan)
 
     def release(self) -> None:
         """Give back what recorded passes hold: previews need the memory, and may move the weights."""
         if self.graphs is not None:
             self.graphs.release()
+
+
+def crowded(graphs: TrainingGraphs | None, plan: Plan | None) -> bool:
+    """Whether a pass has run that there was no room to record, though another plan may leave some."""
+    refused = graphs is not None and bool(graphs.refused)
+    return refused and plan is not None and plan.tighter() is not None
 
 
 def rehearse(trainer: Trainer, batch: dict, arrangement: Arrangement, optimizer: str) -> None:
