@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from benchmarks import train_step
 
@@ -33,6 +34,14 @@ def test_prints_one_line_that_says_what_was_measured(arguments: list[str], capsy
     assert line["sec"] > 0 and line["precision"] == arguments[1]
     assert line["tokens"]["video"] == 2 * 2 * 2
     assert line["graphs"] is False and line["compiled"] is False
+
+
+@pytest.mark.parametrize("ring", [1, 3])
+def test_the_ring_is_as_large_as_asked_for(ring: int) -> None:
+    args = train_step.parse_arguments([*SMALL, "--layers", "4", "--blocks_to_swap", "3", "--ring", str(ring)])
+    step = train_step.Step(args, torch.device("cpu"))
+    block = max(buffer.numel() for buffer in step.plan.store._host.values())
+    assert step.plan.store.device_bytes == ring * block
 
 
 def test_counts_the_arithmetic_of_a_pass_at_full_size() -> None:
