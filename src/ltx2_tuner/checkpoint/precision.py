@@ -9,6 +9,7 @@ import torch
 
 from ltx2_tuner.checkpoint.checkpoint import Checkpoint
 from ltx2_tuner.checkpoint.loftq_file import loftq_path, open_loftq
+from ltx2_tuner.devices import exact
 from ltx2_tuner.errors import UserError
 from ltx2_tuner.quantization.formats import WeightFormat
 from ltx2_tuner.quantization.fp8 import has_fp8_products
@@ -43,7 +44,7 @@ class PrecisionOptions:
         """Where weights are quantised; None: where they will live."""
         if self.quantize_device == "cpu":
             return torch.device("cpu")
-        return torch.device("cuda") if torch.cuda.is_available() else None
+        return exact("cuda") if torch.cuda.is_available() else None
 
 
 def check(checkpoint: Checkpoint, options: PrecisionOptions, *, device_memory: int | None = None) -> None:

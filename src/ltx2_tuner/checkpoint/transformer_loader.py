@@ -19,6 +19,7 @@ from ltx2_tuner.checkpoint.checkpoint import FP8_DTYPES, Checkpoint
 from ltx2_tuner.checkpoint.modules import CONFIG_ERRORS, assign, checked_shapes, on_meta
 from ltx2_tuner.checkpoint.precision import effective_format
 from ltx2_tuner.checkpoint.read_ahead import ReadAhead
+from ltx2_tuner.devices import exact
 from ltx2_tuner.errors import UserError
 from ltx2_tuner.models.transformer import LTXTransformer, TransformerConfig
 from ltx2_tuner.quantization import fp8
@@ -113,10 +114,10 @@ class TransformerReader:
             if is_quantisable(key, tensor.shape)
         }
         self.checkpoint = checkpoint
-        self.home = _exact(device)
+        self.home = exact(device)
         self.dtype = dtype
         self.form = effective_format(checkpoint, form, self.home)
-        self.quantize_device = self.home if quantize_device is None else _exact(quantize_device)
+        self.quantize_device = self.home if quantize_device is None else exact(quantize_device)
         self.transform = transform
         self.column_scales: Mapping[str, Tensor] = {}
         self.quantise_nf4: Nf4Quantiser | None = None
@@ -240,14 +241,6 @@ class TransformerReader:
 
     def _dequantised(self, name: str, device: torch.device) -> Tensor:
         return fp8.dequantise(self._read(name, device), self._scale(name, device), self.dtype)
-
-
-def _exact(device: str | torch.device) -> torch.device:
-    """With the number of the GPU: threads that read have no current one of their own choosing."""
-    device = torch.device(device)
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
 
 
 def _block_of(key: str) -> int:

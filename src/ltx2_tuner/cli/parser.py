@@ -10,11 +10,11 @@ from __future__ import annotations
 import argparse
 import functools
 import logging
-import os
 import sys
 from collections.abc import Callable, Sequence
 
 from ltx2_tuner import __version__
+from ltx2_tuner.devices import keep_memory_in_one_piece
 from ltx2_tuner.errors import UserError, nearest
 
 # Flags of related tools and of upstream's other models, with what to type here instead.
@@ -154,9 +154,7 @@ def entry_point(function: Callable[[Sequence[str] | None], int | None]) -> Calla
     def main(argv: Sequence[str] | None = None) -> int:
         _use_utf8()
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
-        if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
-            os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
-            os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+        keep_memory_in_one_piece()
         try:
             return function(argv) or 0
         except UserError as error:

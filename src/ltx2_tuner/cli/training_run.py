@@ -140,7 +140,7 @@ def join_processes(args: argparse.Namespace) -> Processes:
     prepare_torchaudio()
     from accelerate import PartialState
 
-    chosen = values.device(args.device) if args.device else None
+    chosen = values.named_device(args.device) if args.device else None
     timeout = {} if args.ddp_timeout is None else {"timeout": datetime.timedelta(minutes=args.ddp_timeout)}
     state = PartialState(cpu=chosen is not None and chosen.type == "cpu", **timeout)
     device = state.device if chosen is None or chosen.index is None else chosen

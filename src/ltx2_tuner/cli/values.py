@@ -6,6 +6,7 @@ import argparse
 
 import torch
 
+from ltx2_tuner.devices import exact
 from ltx2_tuner.errors import UserError, did_you_mean
 
 MODES = {"video": "video", "v": "video", "av": "av", "va": "av", "audio": "audio", "a": "audio"}
@@ -43,9 +44,18 @@ def dtype_name(value: torch.dtype) -> str:
 
 
 def device(text: str | None) -> torch.device:
-    """The torch device a --device flag names; None picks CUDA where there is one."""
+    """The torch device a --device flag names, with the number of a GPU; None picks CUDA where there is one."""
     if text is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        text = "cuda" if torch.cuda.is_available() else "cpu"
+    return exact(named_device(text))
+
+
+def named_device(text: str) -> torch.device:
+    """The torch device a --device flag names, as it was typed: each process gives "cuda" a number of its own.
+
+    Raises:
+        UserError: there is no such device.
+    """
     try:
         chosen = torch.device(text)
     except RuntimeError as error:
