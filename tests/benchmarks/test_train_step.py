@@ -40,7 +40,7 @@ def test_prints_one_line_that_says_what_was_measured(arguments: list[str], capsy
 def test_the_ring_is_as_large_as_asked_for(ring: int) -> None:
     args = train_step.parse_arguments([*SMALL, "--layers", "4", "--blocks_to_swap", "3", "--ring", str(ring)])
     step = train_step.Step(args, torch.device("cpu"))
-    block = max(buffer.numel() for buffer in step.plan.store._host.values())
+    block = max(memory.bytes.numel() for memory in step.plan.store._host.values())
     assert step.plan.store.device_bytes == ring * block
 
 

@@ -67,7 +67,7 @@ def test_the_store_streams_out_of_the_memory_that_was_filled(checkpoint):
     filled = {index: homes(model.transformer_blocks[index]) for index in (0, 2)}
     store = BlockStore(model.transformer_blocks, STREAMED, torch.device("cpu"), hosts=hosts)
     assert homes(model.transformer_blocks[1]) == resident
-    assert {index: {store._host[index].untyped_storage().data_ptr()} for index in filled} == filled
+    assert {index: {store._host[index].bytes.untyped_storage().data_ptr()} for index in filled} == filled
 
 
 def test_what_goes_wrong_in_the_background_is_raised(checkpoint):

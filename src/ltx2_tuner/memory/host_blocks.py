@@ -7,14 +7,14 @@ buffer that they are streamed out of later; copying and page-locking overlap wit
 from __future__ import annotations
 
 import contextlib
-import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ltx2_tuner.memory.streaming import bind, host_memory, layout, page_lock, unlock_all
+from ltx2_tuner.memory.host_memory import HostMemory
+from ltx2_tuner.memory.streaming import bind, layout, lockable
 
 
 class HostBlocks:
@@ -28,13 +28,11 @@ class HostBlocks:
 
     def __init__(self, streamed: Sequence[int], device: torch.device, pinned: bool | None = None) -> None:
         self.streamed, self.device = frozenset(streamed), device
-        self._wants_pin = device.type == "cuda" and pinned is not False
-        self._filled: dict[int, Tensor] = {}  # the bytes of a block's matrices as `streaming.layout` places them
-        self._locked: dict[int, int] = {}  # block index -> address, where CUDA has page-locked the memory
+        self._wants_pin = lockable(device) and pinned is not False
+        self._filled: dict[int, HostMemory] = {}  # a block's matrices as `streaming.layout` places them
         self._moving: Future[None] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="host blocks")
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        weakref.finalize(self, unlock_all, self._locked).atexit = False
 
     def take(self, index: int, block: nn.Module) -> None:
         """Begin to move a block's matrices when the block taken before has arrived. An `on_block` of the loader."""
@@ -44,14 +42,12 @@ class HostBlocks:
         loaded = None if self._stream is None else torch.cuda.current_stream(self.device).record_event()
         self._moving = self._thread.submit(self._move, index, block, loaded)
 
-    def hand_over(self) -> tuple[dict[int, Tensor], dict[int, int]]:
-        """Buffers and addresses of the locked ones by block index, when all have arrived: the caller's from now on."""
+    def hand_over(self) -> dict[int, HostMemory]:
+        """Memory by block index, page-locked where it could be, when all has arrived: the caller's from now on."""
         self._wait()
         self._thread.shutdown()
-        filled, locked = dict(self._filled), dict(self._locked)
-        self._filled.clear()
-        self._locked.clear()
-        return filled, locked
+        filled, self._filled = self._filled, {}
+        return filled
 
     def _wait(self) -> None:
         if self._moving is not None:
@@ -59,15 +55,13 @@ class HostBlocks:
 
     def _move(self, index: int, block: nn.Module, loaded: torch.cuda.Event | None) -> None:
         pieces, total = layout(block)
-        host = host_memory(total)
+        memory = HostMemory(total)
         with contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
             if loaded is not None:
                 self._stream.wait_event(loaded)
             for piece in pieces:
-                piece.view(host).copy_(piece.layer.storage()[piece.name])  # returns when the bytes are there
-        bind(pieces, host)
-        self._filled[index] = host
+                piece.view(memory.bytes).copy_(piece.layer.storage()[piece.name])  # returns when the bytes are there
+        bind(pieces, memory.bytes)
+        self._filled[index] = memory
         # After a refusal the block store tries again, and says what it means.
-        self._wants_pin = self._wants_pin and page_lock(host, self.device) == 0
-        if self._wants_pin:
-            self._locked[index] = host.data_ptr()
+        self._wants_pin = self._wants_pin and memory.lock(self.device) == 0

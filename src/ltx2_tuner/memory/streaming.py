@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import mmap
-import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -21,6 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ltx2_tuner.memory.host_memory import HostMemory
 from ltx2_tuner.models.transformer.model import BlockRunner, run_block
 from ltx2_tuner.quantization.frozen import FrozenLinear
 
@@ -101,19 +100,15 @@ class BlockStore:
     ) -> None:
         self.device = device
         self.streamed = tuple(sorted(streamed))
-        self._wants_pin = device.type == "cuda" and pinned is not False
+        self._wants_pin = lockable(device) and pinned is not False
         self._pieces: dict[int, list[_Piece]] = {}
-        self._host: dict[int, Tensor] = {}
-        self._locked: dict[int, int] = {}  # block index -> address of its page-locked memory
-        # Memory that is freed while CUDA holds it for locked is trouble for whoever gets its addresses next.
-        weakref.finalize(self, unlock_all, self._locked).atexit = False
+        self._host: dict[int, HostMemory] = {}
         layouts = {index: layout(blocks[index]) for index in self.streamed}
         size = max(total for _, total in layouts.values())
         # The ring is reserved first: near-full memory shows at the start, not at some later step.
         self._slots = [_Slot(torch.empty(size, dtype=torch.uint8, device=device)) for _ in range(ring)]
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._filled, locked = ({}, {}) if hosts is None else hosts.hand_over()
-        self._locked.update(locked)
+        self._filled = {} if hosts is None else hosts.hand_over()
         for index, (pieces, total) in layouts.items():
             self._take(index, blocks[index], pieces, total)
         self._direction = 1
@@ -124,7 +119,9 @@ class BlockStore:
     @property
     def recordable(self) -> bool:
         """Whether passes may be recorded as CUDA graphs: copies out of memory that is not page-locked cannot be."""
-        return self._copies is not None and self._locked.keys() >= set(self.streamed)
+        return self._copies is not None and all(
+            index in self._host and self._host[index].locked for index in self.streamed
+        )
 
     @contextlib.contextmanager
     def recording(self, state: RingState, *readers: torch.cuda.Stream) -> Iterator[None]:
@@ -168,7 +165,10 @@ class BlockStore:
         self._direction, self._last = state.direction, state.last
 
     def restream(self, blocks: Sequence[nn.Module], streamed: Sequence[int], ring: int) -> None:
-        """Stream other blocks from now on, between two passes, through at most as many device buffers as now."""
+        """Stream other blocks from now on, between two passes, through at most as many device buffers as now.
+
+        Where the device's memory is too small for it, the store streams what it has come to, and may be told again.
+        """
         if self._copies is not None:
             torch.cuda.synchronize(self.device)
         del self._slots[ring:]
@@ -176,12 +176,14 @@ class BlockStore:
             slot.holds = None
         for index in self._pieces:
             self._bind(index, self._slots[0])
-        for index in streamed:
-            if index not in self._pieces:
-                self._take(index, blocks[index], *layout(blocks[index]))
-        for index in set(self.streamed) - set(streamed):
-            self._bring_home(index)
-        self.streamed = tuple(sorted(streamed))
+        try:
+            for index in streamed:
+                if index not in self._pieces:
+                    self._take(index, blocks[index], *layout(blocks[index]))
+            for index in set(self._pieces) - set(streamed):
+                self._bring_home(index)
+        finally:
+            self.streamed = tuple(sorted(self._pieces))
 
     def __str__(self) -> str:
         return f"{len(self.streamed)} blocks streamed ({self.host_bytes / 2**30:.1f} GiB on the host)"
@@ -189,7 +191,7 @@ class BlockStore:
     @property
     def host_bytes(self) -> int:
         """Bytes of host memory that hold streamed blocks."""
-        return sum(buffer.numel() for buffer in self._host.values())
+        return sum(memory.bytes.numel() for memory in self._host.values())
 
     @property
     def device_bytes(self) -> int:
@@ -257,7 +259,7 @@ class BlockStore:
 
     def _copy_in(self, index: int, slot: _Slot) -> None:
         """Queue the copy of a block's bytes into a slot, on the current stream."""
-        source = self._host[index]
+        source = self._host[index].bytes
         if slot.staging is not None:
             if slot.ready is not None:
                 slot.ready.synchronize()  # the last copy out of it
@@ -277,28 +279,26 @@ class BlockStore:
 
     def _keep(self, index: int, pieces: list[_Piece], total: int) -> None:
         """Have a block's matrices in one host buffer."""
-        host = self._filled.pop(index, None)
-        if host is None:
-            host = host_memory(total)
+        memory = self._filled.pop(index, None)
+        if memory is None:
+            memory = HostMemory(total)
             for piece in pieces:
-                piece.view(host).copy_(piece.layer.storage()[piece.name])
-        self._host[index] = host
-        if index not in self._locked:
-            self._lock(index, host)
+                piece.view(memory.bytes).copy_(piece.layer.storage()[piece.name])
+        self._host[index] = memory
+        self._lock(memory)
 
     def _bring_home(self, index: int) -> None:
         """Give a block matrices of its own on the device."""
-        bind(self._pieces.pop(index), self._host[index].to(self.device, copy=True))
-        self._unlock(index)
-        del self._host[index]
+        home = self._host[index].bytes.to(self.device, copy=True)  # the block stays streamed where there is no room
+        bind(self._pieces.pop(index), home)
+        del self._host[index]  # and its lock with it
 
-    def _lock(self, index: int, host: Tensor) -> None:
+    def _lock(self, memory: HostMemory) -> None:
         """Page-lock a block's buffer; after a refusal copies go through small locked buffers."""
         if not self._wants_pin:
             return
-        status = page_lock(host, self.device)
+        status = memory.lock(self.device)
         if status == 0:
-            self._locked[index] = host.data_ptr()
             return
         self._wants_pin = False
         try:
@@ -313,46 +313,16 @@ class BlockStore:
             status,
         )
 
-    def _unlock(self, index: int) -> None:
-        address = self._locked.pop(index, None)
-        if address is not None:
-            torch.cuda.cudart().cudaHostUnregister(address)
-
     def close(self) -> None:
         """Release page locks; the store cannot be used afterwards."""
-        unlock_all(self._locked)
+        for memory in (*self._host.values(), *self._filled.values()):
+            memory.unlock()
         self._host.clear()
 
 
-def page_lock(host: Tensor, device: torch.device) -> int:
-    """Page-lock a buffer in place (torch's own allocator would round its size up to a power of two).
-
-    Returns:
-        CUDA's status, 0 for success.
-    """
-    with torch.cuda.device(device):
-        status = int(torch.cuda.cudart().cudaHostRegister(host.data_ptr(), host.numel(), 0))
-        if status:
-            with contextlib.suppress(RuntimeError):
-                torch.zeros(1, device=device)  # the next kernel is told of the refusal: let it be this one
-    return status
-
-
-def unlock_all(locked: dict[int, int]) -> None:
-    """Release page locks (by block index the address) when nothing copies out of the memory any more."""
-    if locked:
-        torch.cuda.synchronize()
-    while locked:
-        torch.cuda.cudart().cudaHostUnregister(locked.popitem()[1])
-
-
-def host_memory(size: int) -> Tensor:
-    """Bytes on pages of their own (two buffers on one page cannot both be page-locked), huge ones where they are."""
-    pages = mmap.mmap(-1, size)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel without them
-            pages.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(pages, dtype=torch.uint8, count=size)
+def lockable(device: torch.device) -> bool:
+    """Whether page-locked memory makes copies to a device faster."""
+    return device.type == "cuda"
 
 
 def bind(pieces: Sequence[_Piece], buffer: Tensor) -> None:
