@@ -25,15 +25,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 import torch
 
 from benchmarks import train_step
+from ltx2_tuner.devices import exact, keep_memory_in_one_piece
+from ltx2_tuner.memory.graphs import WARM_UP
 from ltx2_tuner.memory.options import MemoryOptions
 from ltx2_tuner.memory.planner import Plan, settle
 from ltx2_tuner.memory.prepare import rearrange
 from ltx2_tuner.memory.speed import measure_speed
 from ltx2_tuner.training.footprint import spare_host_memory
-from ltx2_tuner.training.rehearsal import crowded
+from ltx2_tuner.training.rehearsal import MORE_ROOM, crowded
+
+logger = logging.getLogger(__name__)
 
 GB = 1e9
+GIB = 2**30
 CONTEXT = 0.5e9  # bytes that CUDA itself takes, outside of the allocator's limit
+PASSES = WARM_UP + 1  # it is recorded in the last of them, or refused
 COLOURS = {"bf16": (31, 119, 180), "fp8": (214, 90, 20), "fp8_compute": (140, 30, 120), "nf4": (30, 130, 60)}
 
 
@@ -44,8 +50,14 @@ class PlannedStep(train_step.Step):
         self.args, self.device = args, device
         super().__init__(args, device, plan.options)
 
+    def can_follow(self, plan: Plan) -> bool:
+        """Whether a plan needs no more memory than the one in use: a model in use goes that way only."""
+        now = self.options
+        return plan.choice.streamed >= now.blocks_to_swap and plan.choice.recomputed >= now.recomputed_blocks
+
     def follow(self, plan: Plan) -> None:
         """Another plan that needs less memory, as the trainer takes it."""
+        self.network.zero_grad(set_to_none=True)
         if plan.options == self.options:
             return
         if self.graphs is not None:
@@ -54,12 +66,17 @@ class PlannedStep(train_step.Step):
         self.plan = rearrange(self.model, self.plan, plan.options, self.device)
         self.accelerate(self.args)
 
+    def drop_recordings(self) -> None:
+        """Free what recorded passes hold; they are recorded anew when passes are run again."""
+        if self.graphs is not None:
+            self.graphs.release()
+
 
 class Frontier:
     """The budgets of one precision, from the largest down, with one model."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.args, self.device = args, torch.device(args.device)
+        self.args, self.device = args, exact(args.device)
         self.footprint = train_step.footprint(args)
         self.speed = measure_speed(self.device)
         self.step: PlannedStep | None = None
@@ -72,40 +89,62 @@ class Frontier:
         if self.device.type == "cuda":
             total = torch.cuda.get_device_properties(self.device).total_memory
             limit = min(total, max(budget_gb * GB - CONTEXT, 0))
-            torch.cuda.set_per_process_memory_fraction(limit / total)
+            torch.cuda.set_per_process_memory_fraction(limit / total, self.device)
         plan = settle(MemoryOptions(), self.footprint, budget_gb * GB, self.speed, host=spare_host_memory())
         failures = 0
         while plan is not None:
-            if self.last and self.last[0] == plan.options and self.last[1]["reserved_gib"] * 2**30 <= limit:
-                return {**self.last[1], "budget_gb": budget_gb, "stepped_down": failures}
-            seconds = self._attempt(plan)
-            if seconds is not None:
-                recorded = self.step.graphs is not None and bool(self.step.graphs.recordings)
-                line = _line(self.args, budget_gb, plan, seconds, failures, recorded)
-                self.last = (plan.options, line) if self.device.type == "cuda" else None
+            if self.last and self.last[0] == plan.options and self.last[1]["reserved_gib"] * GIB <= limit:
+                line = {**self.last[1], "budget_gb": budget_gb, "stepped_down": failures}
+                logger.info("%s", _kept(budget_gb, plan, line))
                 return line
+            result = self._attempt(plan)
+            if isinstance(result, float):
+                recorded = self.step.graphs is not None and bool(self.step.graphs.recordings)
+                line = _line(self.args, budget_gb, plan, result, failures, recorded)
+                self.last = (plan.options, line) if self.device.type == "cuda" else None
+                logger.info("%s", _kept(budget_gb, plan, line))
+                return line
+            logger.info("%g GB: gave up %s: %s", budget_gb, _named(plan), result)
             failures += 1
-            _clear(self.device)
-            plan = plan.tighter()
+            by = MORE_ROOM if self.step is not None and crowded(self.step.graphs, plan) else 0
+            self._forget()
+            plan = plan.tighter(by)
         return _line(self.args, budget_gb, None, None, failures)
 
-    def _attempt(self, plan: Plan) -> float | None:
-        now = None if self.step is None else self.step.options
-        if now and (plan.choice.streamed < now.blocks_to_swap or plan.choice.recomputed < now.recomputed_blocks):
-            self.step = None  # a model in use goes the other way only
-            _clear(self.device)
+    def _attempt(self, plan: Plan) -> float | str:
+        """Seconds of a step, or why the plan is given up. The error would keep alive all that the pass had made."""
         try:
-            if self.step is None:
-                self.step = PlannedStep(self.args, self.device, plan)
-            else:
-                self.step.network.zero_grad(set_to_none=True)
-                self.step.follow(plan)
+            self._arrange(plan)
+            passes = PASSES if self.step.graphs is not None else 0
+            for _ in range(passes):
+                self.step()
+            # As in the trainer's rehearsal, a pass that there was no room to record does not count as fitting.
+            if crowded(self.step.graphs, plan):
+                return "it leaves no room for recorded passes"
+            return train_step.measure(self.step, self.device, passes)
+        except torch.OutOfMemoryError as error:
+            return str(error).partition("\n")[0]
+
+    def _arrange(self, plan: Plan) -> None:
+        """Have a step that follows a plan. Where the memory is too small even for that, none is left."""
+        if self.step is not None and not self.step.can_follow(plan):
+            self.step.drop_recordings()
+            self.step = None
             _clear(self.device)
-            seconds = train_step.measure(self.step, self.device)
-        except torch.OutOfMemoryError:
-            return None
-        # As in the trainer's rehearsal, a pass that there was no room to record does not count as fitting.
-        return None if crowded(self.step.graphs, plan) else seconds
+        step, self.step = self.step, None
+        if step is None:
+            step = PlannedStep(self.args, self.device, plan)
+        else:
+            step.follow(plan)
+        self.step = step
+        _clear(self.device)
+
+    def _forget(self) -> None:
+        """Free what the passes of a plan left that was given up."""
+        if self.step is not None:
+            self.step.drop_recordings()
+            self.step.network.zero_grad(set_to_none=True)
+        _clear(self.device)
 
 
 def _clear(device: torch.device) -> None:
@@ -116,6 +155,16 @@ def _clear(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
+def _named(plan: Plan) -> str:
+    choice = plan.choice
+    return f"{choice.streamed} streamed, {choice.recomputed} recomputed, ring {choice.ring if choice.streamed else 0}"
+
+
+def _kept(budget_gb: float, plan: Plan, line: dict[str, object]) -> str:
+    peak = "" if line["peak_gib"] is None else f", peak {line['peak_gib']}"
+    return f"{budget_gb:g} GB: kept {_named(plan)}: predicted {line['predicted_gib']} GiB{peak}"
+
+
 def _line(
     args: argparse.Namespace,
     budget_gb: float,
@@ -124,8 +173,8 @@ def _line(
     failures: int,
     recorded: bool = False,
 ) -> dict[str, object]:
-    on_cuda = args.device.startswith("cuda")
-    gib = 2**30
+    device = exact(args.device)
+    on_cuda = device.type == "cuda"
     return {
         "budget_gb": budget_gb,
         "precision": args.precision,
@@ -140,11 +189,11 @@ def _line(
         "graphs": recorded,
         "sec": seconds and round(seconds, 4),
         "predicted_sec": round(plan.footprint.seconds(plan.choice, plan.speed), 4) if plan and plan.speed else None,
-        "peak_gib": round(torch.cuda.max_memory_allocated() / gib, 2) if on_cuda else None,
-        "reserved_gib": round(torch.cuda.max_memory_reserved() / gib, 2) if on_cuda else None,
-        "predicted_gib": plan and round(plan.predicted / gib, 2),
+        "peak_gib": round(torch.cuda.max_memory_allocated(device) / GIB, 2) if on_cuda else None,
+        "reserved_gib": round(torch.cuda.max_memory_reserved(device) / GIB, 2) if on_cuda else None,
+        "predicted_gib": plan and round(plan.predicted / GIB, 2),
         "stepped_down": failures,
-        "gpu": torch.cuda.get_device_name() if on_cuda else "cpu",
+        "gpu": torch.cuda.get_device_name(device) if on_cuda else "cpu",
         "torch": torch.__version__,
     }
 
@@ -199,6 +248,7 @@ def main(argv: list[str] | None = None) -> int:
         text = Path(args.draw[0]).read_text(encoding="utf-8")
         draw([json.loads(line) for line in text.splitlines() if line.startswith("{")], Path(args.draw[1]))
         return 0
+    keep_memory_in_one_piece()  # as the trainer does
     logging.basicConfig(level=logging.INFO, format="%(message)s")  # why a pass was not recorded, for one
     for precision in args.precisions:
         if not args.here:

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 import torch
 from torch import nn
 
+from ltx2_tuner.devices import exact, keep_memory_in_one_piece
 from ltx2_tuner.lora import LoRANetwork, Targets, select_layers
 from ltx2_tuner.memory.activations import BatchShape, boundary_bytes, forward_operations, kept_bytes
 from ltx2_tuner.memory.options import CompileOptions, MemoryOptions
@@ -272,10 +273,14 @@ class Step:
         return loss.detach()
 
 
-def measure(step: Step, device: torch.device) -> float:
-    """Median seconds of a step."""
+def measure(step: Step, device: torch.device, done: int = 0) -> float:
+    """Median seconds of a step.
+
+    Args:
+        done: steps that have been made already; they warm up as well.
+    """
     times = []
-    for number in range(WARM_UP + MEASURED):
+    for number in range(min(done, WARM_UP), WARM_UP + MEASURED):
         _synchronize(device)
         start = time.perf_counter()
         step()
@@ -296,7 +301,7 @@ def host_peak_gib() -> float | None:
 
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
 
 
 def profile(step: Step, path: str) -> None:
@@ -315,7 +320,8 @@ def profile(step: Step, path: str) -> None:
 
 def main(argv: list[str] | None = None) -> dict[str, object]:
     args = parse_arguments(argv)
-    device = torch.device(args.device)
+    keep_memory_in_one_piece()  # as the trainer does
+    device = exact(args.device)
     step = Step(args, device)
     seconds = measure(step, device)
     config = step.model.config

@@ -13,7 +13,7 @@ from ltx2_tuner.memory.speed import Speed
 
 ROOT = Path(__file__).resolve().parents[2]
 RECOMPUTED = {"none": 0, "full": 48}
-H100 = Speed(0.6 * 700e12, 45e9)  # as measure_speed finds it
+H100 = Speed(0.63 * 700e12, 45e9)  # as measure_speed finds it
 
 
 def measured() -> list[dict]:

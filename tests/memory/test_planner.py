@@ -247,6 +247,12 @@ def test_a_tighter_plan_never_takes_back_what_is_streamed_or_recomputed() -> Non
         assert second.ring <= first.ring or not first.streamed
 
 
+def test_a_plan_may_be_asked_to_need_so_much_less() -> None:
+    plan = settle(MemoryOptions(), full_size("av", "fp8"), 12 * GIB, Speed(400e12, 50e9))
+    assert plan.predicted - plan.tighter(2 * GIB).predicted >= 2 * GIB > plan.predicted - plan.tighter().predicted
+    assert plan.tighter(100 * GIB).choice == plan.tighter().choice, "where nothing needs so much less, what comes next"
+
+
 def test_the_table_says_where_the_memory_goes_and_how_long_a_step_takes():
     plan = settle(MemoryOptions(), full_size("av", "fp8"), 11.2 * GIB, Speed(500e12, 55e9))
     for words in ("blocks streamed", "ring for streamed blocks", "adapters and optimizer", "budget", "s/step"):

@@ -11,6 +11,7 @@ import torch
 from ltx2_tuner.errors import UserError
 from ltx2_tuner.memory.streaming import BlockStore
 from ltx2_tuner.models.transformer import LTXTransformer
+from ltx2_tuner.training import rehearsal
 from ltx2_tuner.training.loop import Trainer
 from ltx2_tuner.training.rehearsal import Arrangement
 from tests.training.tiny import Clip, Recorder, make_trainer, write_checkpoint, write_workspace
@@ -89,6 +90,24 @@ def test_a_plan_without_room_for_recorded_passes_is_not_taken(space, monkeypatch
     found = train(space, "--vram_budget", 100)
     assert tried[0] == (0, 0) and tried[-1] == (0, 2) and len(tried) == 3
     assert "it leaves no room for recorded passes" in caplog.text
+    assert same(plain, found)
+
+
+def test_a_plan_that_cannot_even_be_arranged_is_passed_over(space, monkeypatch, caplog):
+    plain = train(space)
+    fail_until(monkeypatch, lambda streamed, recomputed: recomputed >= 1)
+    arranged, rearrange = [], rehearsal.rearrange
+
+    def short_of_memory(model, plan, options, device):
+        arranged.append(options.recomputed_blocks)
+        if len(arranged) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
+        return rearrange(model, plan, options, device)
+
+    monkeypatch.setattr(rehearsal, "rearrange", short_of_memory)
+    found = train(space, "--vram_budget", 100)
+    assert arranged[:2] == [1, 2] and len(found[1].run.model._checkpointed) == 2
+    assert "the next plan cannot be arranged" in caplog.text
     assert same(plain, found)
 
 

@@ -17,12 +17,12 @@ from ltx2_tuner.memory.speed import Speed
 
 _GIB = 2**30
 # CUDA context, library workspaces, one expanded matrix, fragmentation.
-_RESERVE = 0.8 * _GIB
+_RESERVE = 1.1 * _GIB
 _FRAGMENTED = 0.05  # of the activations: gaps between them
 # What the backward pass of a recomputed block takes, in what a block keeps that is not: its activations, gradients of
 # them, expanded weights. The full-size model took 1.2 to 1.9 (docs/benchmarks.md).
 _WORKING = 1.6
-_EXPANDED = 0.4  # share of its expanded matrices that a recomputed block holds at once (0.3 GiB measured)
+_EXPANDED = 0.8  # share of its expanded matrices that a recomputed block holds at once
 _CLEARLY_LESS = 0.97
 _AGAIN = 0.7  # of a forward pass: what only the results of a block's parts need is not computed again
 _RECOMPUTE_STEPS = 12  # recomputation is chosen in so many portions of the blocks
@@ -145,10 +145,13 @@ class Plan:
         options = self.options
         return Choice(options.blocks_to_swap, options.recomputed_blocks, options.checkpoint_offload, options.ring)
 
-    def tighter(self) -> Plan | None:
+    def tighter(self, by: float = 0.0) -> Plan | None:
         """The next plan that needs clearly less memory, else one that streams more; None when there is none.
 
         What is streamed or recomputed stays so, and no buffers are added.
+
+        Args:
+            by: bytes that it shall need less, if there is such a plan.
         """
         now = self.choice
         further = [
@@ -159,11 +162,12 @@ class Plan:
             and (choice.ring <= now.ring or not now.streamed)
         ]
         less = _CLEARLY_LESS * self.predicted
+        much = (i for i, choice in further if self.footprint.total(choice) < min(less, self.predicted - by))
         clearly = (index for index, choice in further if self.footprint.total(choice) < less)
         # Where blocks are small, the estimate may not see what streaming saves.
         streams_more = (index for index, choice in further if choice.streamed > max(now.streamed, now.ring))
         offloads = (index for index, choice in further if choice.offload)
-        index = next(itertools.chain(clearly, streams_more, offloads), None)
+        index = next(itertools.chain(much, clearly, streams_more, offloads), None)
         if index is None:
             return None
         return _plan(self.options, self.rest[index], self.rest[index + 1 :], self.footprint, self.budget, self.speed)

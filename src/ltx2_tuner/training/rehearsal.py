@@ -28,7 +28,10 @@ from ltx2_tuner.training.loop import Trainer
 
 logger = logging.getLogger(__name__)
 
-_STEPS = 4  # how often a plan may be tightened for the sake of recording
+# How often a plan may be tightened for the sake of recording, and by how much each time: a try takes seconds.
+_STEPS = 4
+MORE_ROOM = 3 << 28  # bytes
+_NO_ROOM = "it leaves no room for recorded passes, which are much faster"
 _PASSES = 3  # what is recorded as a CUDA graph is recorded in the third pass
 _GIB = 2**30
 
@@ -63,9 +66,9 @@ class Arrangement:
         self.prepared = prepare_model(model, options, compilation, device, shards, hosts)
         self._accelerate()
 
-    def tighten(self) -> bool:
-        """Take the next plan that needs less memory; False when there is none."""
-        following = None if self.plan is None else self.plan.tighter()
+    def tighten(self, by: float = 0.0) -> bool:
+        """Take the next plan that needs less memory, by so many bytes if there is such a one; False without any."""
+        following = None if self.plan is None else self.plan.tighter(by)
         if following is None:
             return False
         self.plan = following
@@ -118,9 +121,18 @@ def rehearse(trainer: Trainer, batch: dict, arrangement: Arrangement, optimizer:
         _forget(trainer)
         if trainer.run.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(trainer.run.device)
-        if not arrangement.tighten():
+        if not _tightened(arrangement, MORE_ROOM if failure == _NO_ROOM else 0.0):
             raise torch.OutOfMemoryError(failure)
         logger.warning("%s", arrangement.plan.table)
+
+
+def _tightened(arrangement: Arrangement, by: float) -> bool:
+    """Take the next plan that the memory is large enough to arrange at all; False when there is none."""
+    while True:
+        try:
+            return arrangement.tighten(by)
+        except torch.OutOfMemoryError as error:
+            logger.warning("the next plan cannot be arranged (%s)", str(error).splitlines()[0])
 
 
 def _attempt(trainer: Trainer, batch: dict, arrangement: Arrangement, optimizer: str) -> str | None:
@@ -135,7 +147,7 @@ def _attempt(trainer: Trainer, batch: dict, arrangement: Arrangement, optimizer:
     except torch.OutOfMemoryError as error:
         return str(error)
     if arrangement.crowded:
-        return "it leaves no room for recorded passes, which are much faster"
+        return _NO_ROOM
     if device.type == "cuda":
         planned = "" if arrangement.plan is None else f" (planned {arrangement.plan.predicted / _GIB:.1f})"
         logger.info(
