@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 
 from ltx2_tuner.lora import LoRANetwork, Targets, select_layers
@@ -22,20 +20,32 @@ FORMATS = {
 
 
 def adapted(
-    weights: str, device: str = "cpu", dtype: torch.dtype = torch.float32
+    weights: str,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    version: str = "2.3",
+    rank: int = 4,
+    alpha: float | None = None,
+    **changes: object,
 ) -> tuple[LTXTransformer, LoRANetwork]:
-    """Random blocks whose matrices are frozen, and adapters that do something."""
+    """Random blocks whose matrices are frozen, and adapters that do something.
+
+    Args:
+        weights: a key of FORMATS, or "linear" for the layers that the model is made of.
+        version, changes: as `tiny.config` takes them.
+    """
     generator = torch.Generator().manual_seed(0)
-    model = LTXTransformer(dataclasses.replace(tiny.model().config, num_layers=BLOCKS)).requires_grad_(False)
+    model = LTXTransformer(tiny.config(version, **{"num_layers": BLOCKS} | changes)).requires_grad_(False)
     for parameter in model.parameters():
         parameter.normal_(0, parameter.shape[-1] ** -0.5, generator=generator)
     model.to(dtype)
-    for path, layer in list(model.named_modules()):
+    for path, layer in [] if weights == "linear" else list(model.named_modules()):
         if isinstance(layer, torch.nn.Linear) and is_quantisable(f"{path}.weight", layer.weight.shape):
             parent, _, name = path.rpartition(".")
             bias = None if layer.bias is None else layer.bias.data
             setattr(model.get_submodule(parent), name, freeze(path, layer.weight.data, bias, FORMATS[weights], dtype))
-    network = LoRANetwork(select_layers(model, Targets("av", "t2v")), 4)
+    network = LoRANetwork(select_layers(model, Targets("av", "t2v")), rank, alpha)
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.normal_(0, 0.1, generator=generator)

@@ -13,12 +13,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ltx2_tuner.lora import heads
 from ltx2_tuner.lora.layer import LoRAAdapter, LoRALinear
 from ltx2_tuner.lora.network import LoRANetwork
 from ltx2_tuner.lora.working_copies import AdapterGroup, WorkingCopies
 from ltx2_tuner.models.transformer import LTXTransformer
-from ltx2_tuner.models.transformer.attention import Attention, project_out
+from ltx2_tuner.models.transformer.attention import Attention, Heads, RMSNorm, project_out
 from ltx2_tuner.models.transformer.model import ATTENTION_TARGETS
+from ltx2_tuner.models.transformer.rope import RopeTable
 from ltx2_tuner.quantization import DenseLinear, FrozenLinear
 from ltx2_tuner.quantization.expand import expanded_stack, stacked_linear
 from ltx2_tuner.quantization.frozen import product_dtype
@@ -60,6 +62,8 @@ class JointLinear:
         self.stacked: list[nn.Module] = []
         self.unused = 0
         self.expands = False  # the stack comes below the frozen weights whenever these are expanded
+        self.holds_outputs = False  # the product with the stack gives the layers' outputs, too
+        self.forms_heads = heads.available()  # by a kernel, where it suits; see `heads`
         if stacks and self.group is not None:
             self._stack_up(fixed, dtype)
         if fixed and self.base is None and not self.expands and len(self.bases) > 1:
@@ -88,6 +92,7 @@ class JointLinear:
             self.expands = False
             return
         self.stack, self.stacked, self.unused = stack, layers, unused
+        self.holds_outputs = self.expands or holds_bases
         self.group.rows = stack.weight.data[-count:]
         if holds_bases:
             self.base = first_rows(stack, sum(base.out_features for base in self.bases))
@@ -95,12 +100,11 @@ class JointLinear:
     def __call__(self, x: Tensor) -> tuple[tuple[Tensor, ...], Tensor | None]:
         """x (..., in) -> the output (..., out) of each layer, and of the gates."""
         layers = [getattr(self.parent, name) for name in self.names]
-        adds_group = self._adds_group(layers)
-        if adds_group and self.group.copies.stacked and product_dtype(x) == self.stack.weight.dtype:
+        if self._stacks(layers, x):
             return self._stacked(x.to(self.stack.weight.dtype))
         gates = None if self.gates is None else self.gates(x)
         outputs = self._frozen(x)
-        if adds_group:
+        if self._adds_group(layers):
             return self.group.add(x, outputs), gates
         return tuple(_add_adapters(layer, x, out) for layer, out in zip(layers, outputs)), gates
 
@@ -109,37 +113,77 @@ class JointLinear:
             return [base(x) for base in self.bases]
         return self.base(x).split([base.out_features for base in self.bases], dim=-1)
 
+    def formed(
+        self, attention: Attention, x: Tensor, norms: Sequence[RMSNorm], rope: RopeTable | None
+    ) -> tuple[list[Tensor], Tensor | None] | None:
+        """The outputs as heads (B, T, H, D), the first ones normed and rotated, and the gates, by one kernel.
+
+        None where it does not apply: it is for compiled code on CUDA.
+        """
+        if not (self.forms_heads and torch.compiler.is_compiling()):
+            return None
+        if not self._stacks([getattr(self.parent, name) for name in self.names], x):
+            return None
+        up, whole = self.group.copies.up, self.holds_outputs
+        if not heads.suits(x, up.shape[1], attention.heads, rope):
+            return None
+        base = self.base if self.base is not None else self.bases[0]
+        joined = isinstance(base, FrozenLinear) and base.out_features == up.shape[0] * up.shape[1]
+        if not (whole or joined):
+            return None
+        x = x.to(self.stack.weight.dtype)
+        together, bias = self._together(x, self.group.copies.down)
+        product, lower = (together, None) if whole else (base.compiled(x), together)
+        weights = [norm.weight.to(x.dtype) for norm in norms]
+        cos, sin = (None, None) if rope is None else rope
+        gates = 0 if self.gates is None else self.gates.out_features
+        formed = heads.form_heads(
+            product, lower, bias if whole else base.bias, None if whole else bias, up, weights, cos, sin,
+            attention.heads, gates, self.group.strengths[0], norms[0].eps,
+        )  # fmt: skip
+        outputs = [part.unflatten(-1, (attention.heads, -1)) for part in formed[: up.shape[0]]]
+        return outputs, formed[3] if gates else None
+
+    def _stacks(self, layers: Sequence[nn.Module], x: Tensor) -> bool:
+        """Whether this pass multiplies with the group's matrices as rows of one matrix."""
+        if not self._adds_group(layers):
+            return False
+        return self.group.copies.stacked and product_dtype(x) == self.stack.weight.dtype
+
     def _stacked(self, x: Tensor) -> tuple[tuple[Tensor, ...], Tensor | None]:
         """The same with the group's matrices and the gates as rows of one matrix."""
         down = self.group.copies.down
-        together = self._together(x, down)
+        together = add_bias(*self._together(x, down))
         layers = [*self.bases, *self.stacked] if self.expands else self.stacked
         sizes = [layer.out_features for layer in layers] + ([self.unused] if self.unused else [])
         # No starred target: under torch 2.11's compiler that is a tuple.
         parts = together.split([*sizes, down.shape[0]], dim=-1)
-        outputs = parts[: len(self.bases)] if layers[0] is self.bases[0] else self._frozen(x)
+        outputs = parts[: len(self.bases)] if self.holds_outputs else self._frozen(x)
         gates = None if self.gates is None else parts[len(layers) - 1]
         # A copy of a few columns: what the backward pass keeps of them would keep all the others, too.
         hidden = parts[-1].clone(memory_format=torch.contiguous_format)
         return self.group.add_up(hidden, outputs), gates
 
-    def _together(self, x: Tensor, down: Tensor) -> Tensor:
-        """x (..., in) times all rows -> (..., all outputs); `down` gets the gradient of the last ones."""
+    def _together(self, x: Tensor, down: Tensor) -> tuple[Tensor, Tensor | None]:
+        """x (..., in) times all rows -> (..., all outputs), and the bias still to be added, if there is one.
+
+        `down` gets the gradient of the last rows.
+        """
         rows, bias = self.stack.weight, self.stack.bias
         compiling = torch.compiler.is_compiling()
         if not self.expands:
             if not compiling:
-                return PartlyTrainedProduct.apply(x, rows, bias, down)
-            return add_bias(partly_trained_linear(x, rows, down), bias)
+                return PartlyTrainedProduct.apply(x, rows, bias, down), None
+            return partly_trained_linear(x, rows, down), bias
         codes, scales = [base.codes for base in self.bases], [base.scale for base in self.bases]
         if bias is not None:
             bias = torch.cat([*(base.bias for base in self.bases), bias]).to(x.dtype)
         stored = self.bases[0].stored
         if not compiling:
-            return stacked_linear(x, codes, scales, rows, down, bias, stored)
+            return stacked_linear(x, codes, scales, rows, down, bias, stored), None
         if not self.bases[0].shown:
-            return add_bias(stacked_linear(x, codes, scales, rows, down, None, stored), bias)
-        return add_bias(partly_trained_linear(x, expanded_stack(codes, scales, rows, stored), down), bias)
+            return stacked_linear(x, codes, scales, rows, down, None, stored), bias
+        return partly_trained_linear(x, expanded_stack(codes, scales, rows, stored), down), bias
 
     def _adds_group(self, layers: Sequence[nn.Module]) -> bool:
         """Whether the group's adapters are the ones in place, and act alike."""
@@ -168,7 +212,7 @@ class JointAttention:
         self.of_x = JointLinear(attention, names, gates=attention.to_gate_logits, **how)
         self.of_context = None if reads_itself else JointLinear(attention, ("to_k", "to_v"), **how)
         self.out = JointLinear(attention.to_out, ("0",), **how)
-        attention.project = self.project
+        attention.form = self.form
         attention.project_out = project_out if self.out.stack is None else self.project_out
 
     @property
@@ -177,19 +221,38 @@ class JointAttention:
         joints = [joint for joint in (self.of_x, self.of_context, self.out) if joint is not None]
         return [joint.group for joint in joints if joint.group is not None and _joins(joint)]
 
-    def project(
-        self, attention: Attention, x: Tensor, context: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """See `Attention.project`."""
+    def form(
+        self,
+        attention: Attention,
+        x: Tensor,
+        context: Tensor | None,
+        rope: RopeTable | None,
+        key_rope: RopeTable | None,
+    ) -> Heads:
+        """See `Attention.form`."""
+        norms = attention.q_norm, attention.k_norm
         if self.of_context is None:
-            outputs, gates = self.of_x(x)
-            return (*outputs, gates)
-        keys_values, _ = self.of_context(context)
-        if _joins(self.of_x):
-            (query,), gates = self.of_x(x)
+            (query, key, value), gates = self._heads(attention, self.of_x, x, norms, rope)
+            return query, key, value, gates
+        (key, value), _ = self._heads(attention, self.of_context, context, norms[1:], key_rope)
+        (query,), gates = self._heads(attention, self.of_x, x, norms[:1], rope)
+        return query, key, value, gates
+
+    @staticmethod
+    def _heads(
+        attention: Attention, joint: JointLinear, x: Tensor, norms: Sequence[RMSNorm], rope: RopeTable | None
+    ) -> tuple[Sequence[Tensor], Tensor | None]:
+        """What reads one input: heads, the first ones normed and rotated, and the gates."""
+        formed = joint.formed(attention, x, norms, rope)
+        if formed is not None:
+            return formed
+        if _joins(joint):
+            outputs, gates = joint(x)
         else:
-            query, gates = attention.to_q(x), None if self.of_x.gates is None else self.of_x.gates(x)
-        return (query, *keys_values, gates)
+            outputs = [getattr(joint.parent, name)(x) for name in joint.names]
+            gates = None if joint.gates is None else joint.gates(x)
+        first = [attention.heads_of(out, norm, rope) for out, norm in zip(outputs, norms)]
+        return [*first, *(attention.heads_of(out) for out in outputs[len(norms) :])], gates
 
     def project_out(self, attention: Attention, x: Tensor) -> Tensor:
         """See `Attention.project_out`."""

@@ -15,7 +15,8 @@ from ltx2_tuner.models.transformer.attention_backends import AttentionFunction, 
 from ltx2_tuner.models.transformer.perturbations import Skip
 from ltx2_tuner.models.transformer.rope import RopeTable, apply_rope
 
-Projection = Callable[["Attention", Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor, Tensor | None]]
+Heads = tuple[Tensor, Tensor, Tensor, Tensor | None]
+Formation = Callable[["Attention", Tensor, Tensor | None, RopeTable | None, RopeTable | None], Heads]
 
 DEFAULT_QUERY_CHUNK = 1024  # tokens
 
@@ -32,13 +33,15 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps).to(x.dtype)
 
 
-def project_each(
-    attention: Attention, x: Tensor, context: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Queries of x, keys and values of the context, gate logits of x, one product each."""
+def form_each(
+    attention: Attention, x: Tensor, context: Tensor | None, rope: RopeTable | None, key_rope: RopeTable | None
+) -> Heads:
+    """Queries of x, keys and values of the context, gate logits of x, one product each; see `Attention.form`."""
     context = x if context is None else context
     gates = None if attention.to_gate_logits is None else attention.to_gate_logits(x)
-    return attention.to_q(x), attention.to_k(context), attention.to_v(context), gates
+    query = attention.heads_of(attention.to_q(x), attention.q_norm, rope)
+    key = attention.heads_of(attention.to_k(context), attention.k_norm, key_rope)
+    return query, key, attention.heads_of(attention.to_v(context)), gates
 
 
 def project_out(attention: Attention, x: Tensor) -> Tensor:
@@ -50,8 +53,8 @@ class Attention(nn.Module):
     """Attention of `query_width` wide tokens to `context_width` wide ones, back to `query_width`.
 
     Attributes:
-        project: queries, keys and values (B, T or S, H*D) and gate logits (B, T, H), None where there are no gates, of
-            `(attention, x, context)`; context None is x itself.
+        form: queries, keys and values (B, T or S, H, D), normed and rotated, and gate logits (B, T, H), None where
+            there are no gates, of `(attention, x, context, rope, key_rope)`; context None is x itself.
         project_out: what `(attention, results)` returns of the heads' results.
         attend: the kernel, see `attention_backends`.
         split: None, "batch" (one kernel call per sample) or "query" (groups of `query_chunk` queries).
@@ -70,7 +73,7 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(inner, eps)
         self.to_out = nn.ModuleList([nn.Linear(inner, query_width)])
         self.to_gate_logits = nn.Linear(query_width, heads) if gated else None
-        self.project: Projection = project_each
+        self.form: Formation = form_each
         self.project_out: Callable[[Attention, Tensor], Tensor] = project_out
         self.attend: AttentionFunction = sdpa
         self.split: str | None = None
@@ -94,14 +97,11 @@ class Attention(nn.Module):
             skip: replaces the result by the values, where it says so (self-attention only).
         """
         if skip is not None and skip.keep is None:
-            result = self._heads(self.to_v(x if context is None else context))
+            result = self.heads_of(self.to_v(x if context is None else context))
             gates = None if self.to_gate_logits is None else self.to_gate_logits(x)
         else:
-            query, key, value, gates = self.project(self, x, context)
-            query, key = self._heads(self.q_norm(query)), self._heads(self.k_norm(key))
-            value = self._heads(value)
-            if rope is not None:
-                query, key = apply_rope(query, rope), apply_rope(key, rope if key_rope is None else key_rope)
+            key_rope = rope if key_rope is None else key_rope
+            query, key, value, gates = self.form(self, x, context, rope, key_rope)
             result = self._attend(query, key, value, mask)
             if skip is not None:
                 result = torch.lerp(value, result, skip.keep.unsqueeze(-1))
@@ -109,9 +109,10 @@ class Attention(nn.Module):
             result = result * (2 * torch.sigmoid(gates)).unsqueeze(-1)
         return self.project_out(self, result.flatten(2))
 
-    def _heads(self, x: Tensor) -> Tensor:
-        """(B, T, H*D) -> (B, T, H, D)."""
-        return x.unflatten(-1, (self.heads, -1))
+    def heads_of(self, x: Tensor, norm: RMSNorm | None = None, rope: RopeTable | None = None) -> Tensor:
+        """A projection (B, T, H*D) -> (B, T, H, D), normed and rotated."""
+        x = (x if norm is None else norm(x)).unflatten(-1, (self.heads, -1))
+        return x if rope is None else apply_rope(x, rope)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         if self.split == "batch" and query.shape[0] > 1:
