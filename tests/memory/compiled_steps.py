@@ -19,6 +19,7 @@ from torch._dynamo.utils import counters
 from ltx2_tuner.lora.joint import join_adapters
 from ltx2_tuner.memory.compilation import compile_blocks
 from ltx2_tuner.memory.streaming import BlockStore
+from ltx2_tuner.quantization.feed_forward import fuse_feed_forwards
 from tests.memory.blocks import adapted
 from tests.models.transformer import tiny
 
@@ -35,6 +36,7 @@ def results(case: str, backend: object, streams: tuple[str, ...] = ("video", "au
     dtype = torch.bfloat16 if "autocast" in switches else torch.float32
     network.set_compute_dtype(dtype)
     if "joint" in switches:
+        fuse_feed_forwards(model.feed_forwards)
         join_adapters(model, network, dtype, streamed=bool(streamed))
     model.enable_gradient_checkpointing(recompute != "none", keep_products=recompute == "cheap")
     if backend is not None:

@@ -16,21 +16,23 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-_DECOMPOSED: dict[torch._ops.OpOverload, Callable[..., Tensor]] = {}
+Results = Tensor | tuple[Tensor, ...]
+
+_DECOMPOSED: dict[torch._ops.OpOverload, Callable[..., Results]] = {}
 
 
 def operator(
-    forward: Callable[..., Tensor],
+    forward: Callable[..., Results],
     *,
-    fake: Callable[..., Tensor] | None = None,
+    fake: Callable[..., Results] | None = None,
     setup: Callable[..., None],
     backward: Callable[..., tuple[Tensor | None, ...]],
-) -> Callable[..., Tensor]:
+) -> Callable[..., Results]:
     """`forward` as an operator.
 
     Args:
         forward: arguments annotated as `torch.library.infer_schema` takes them; changes no argument, returns none.
-        fake: the result's shape, for an operator that a compiler shall not look into. None lets Inductor look into
+        fake: the results' shapes, for an operator that a compiler shall not look into. None lets Inductor look into
             `forward` as if it were no operator, once `open_to_inductor` has been called.
         setup, backward: as `torch.library.register_autograd` takes them. A compiler always looks into `backward`.
     """

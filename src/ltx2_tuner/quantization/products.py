@@ -70,10 +70,17 @@ def fp8_input_gradient(
     # The sum runs over the outputs here, so their scales go into the gradient before it is quantised.
     weighted = gradient.reshape(-1, gradient.shape[-1]).float() * scale.t()
     rows, row_scale = fp8.quantise_rows(weighted)
+    x = fp8_product_of_outputs(rows, row_scale, codes, transposed, stored, gradient.dtype)
+    return x.view(*gradient.shape[:-1], codes.shape[1])
+
+
+def fp8_product_of_outputs(
+    rows: Tensor, row_scale: Tensor, codes: Tensor, transposed: Tensor | None, stored: str, dtype: torch.dtype
+) -> Tensor:
+    """fp8 rows (T, out) with scales (T, 1), times a weight's codes (out, in) without its scales -> (T, in)."""
     transposed = codes.t().contiguous() if transposed is None else transposed
-    ones = torch.ones(transposed.shape[0], 1, device=gradient.device)
-    x = fp8.product(rows, row_scale, transposed.view(FP8[stored]), ones, gradient.dtype)
-    return x.view(*gradient.shape[:-1], transposed.shape[0])
+    ones = torch.ones(transposed.shape[0], 1, device=rows.device)
+    return fp8.product(rows, row_scale, transposed.view(FP8[stored]), ones, dtype)
 
 
 def _dense_linear(x: Tensor, weight: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from ltx2_tuner.lora.joint import join_adapters
 from ltx2_tuner.memory.graphs import TrainingGraphs
 from ltx2_tuner.memory.prepare import MemoryPlan
 from ltx2_tuner.models.transformer import LTXTransformer
+from ltx2_tuner.quantization.feed_forward import fuse_feed_forwards
 
 
 def accelerate(
@@ -22,7 +23,7 @@ def accelerate(
     graphs: bool = True,
     streams: int = 2,
 ) -> TrainingGraphs | None:
-    """Join the products of the built-in LoRA and record its training passes as CUDA graphs.
+    """Join the products of the built-in LoRA, fuse fp8 feed-forwards, and record training passes as CUDA graphs.
 
     Call it after `prepare_model`, when the network is attached, on its device and in the dtype it is trained in. Other
     network modules are left as they are: they reach into the layers that joining goes around.
@@ -37,6 +38,7 @@ def accelerate(
     """
     if not isinstance(network, LoRANetwork):
         return None
+    fuse_feed_forwards(model.feed_forwards)
     copies = join_adapters(model, network, dtype, stays=stays, streamed=plan.store is not None)
     on_cuda = next(network.parameters()).is_cuda
     streamable = plan.store is None or plan.store.recordable

@@ -189,6 +189,11 @@ class LTXTransformer(nn.Module):
         for module in self._block_modules(target, FEED_FORWARD_TARGETS):
             module.chunk = tokens
 
+    @property
+    def feed_forwards(self) -> list[nn.Module]:
+        """Of all blocks and streams."""
+        return self._block_modules("all", FEED_FORWARD_TARGETS)
+
     def _block_modules(self, target: str, targets: dict[str, tuple[str, ...]]) -> list[nn.Module]:
         names = targets[target]
         return [getattr(block, name) for block in self.transformer_blocks for name in names if hasattr(block, name)]
