@@ -25,7 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 import torch
 
 from benchmarks import train_step
-from ltx2_tuner.devices import exact, keep_memory_in_one_piece
+from ltx2_tuner.cli.allocator import keep_memory_in_one_piece
+from ltx2_tuner.devices import exact
 from ltx2_tuner.memory.graphs import WARM_UP
 from ltx2_tuner.memory.options import MemoryOptions
 from ltx2_tuner.memory.planner import Plan, settle
@@ -219,7 +220,7 @@ def draw(lines: list[dict[str, object]], path: Path) -> None:
         x = at(budget, seconds[0])[0]
         pen.line([(x, top), (x, height - bottom)], (225, 225, 225))
         pen.text((x, height - bottom + 8), f"{budget:g}", "black", font, anchor="ma")
-    for second in (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5):
+    for second in (0.05, 0.1, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.7, 0.8, 1, 1.5, 2, 3, 5):
         if min(seconds) * 0.9 <= second <= max(seconds) * 1.1:
             y = at(budgets[0], second)[1]
             pen.line([(left, y), (width - right, y)], (225, 225, 225))

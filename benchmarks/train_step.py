@@ -22,7 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 import torch
 from torch import nn
 
-from ltx2_tuner.devices import exact, keep_memory_in_one_piece
+from ltx2_tuner.cli.allocator import keep_memory_in_one_piece
+from ltx2_tuner.devices import exact
 from ltx2_tuner.lora import LoRANetwork, Targets, select_layers
 from ltx2_tuner.memory.activations import BatchShape, boundary_bytes, forward_operations, kept_bytes
 from ltx2_tuner.memory.options import CompileOptions, MemoryOptions

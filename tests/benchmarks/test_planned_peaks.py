@@ -13,16 +13,16 @@ from ltx2_tuner.memory.speed import Speed
 
 ROOT = Path(__file__).resolve().parents[2]
 RECOMPUTED = {"none": 0, "full": 48}
-H100 = Speed(0.63 * 700e12, 45e9)  # as measure_speed finds it
+H200 = Speed(0.65 * 671e12, 0.9 * 55e9)  # as measure_speed found it there
 
 
 def measured() -> list[dict]:
-    """The lines of train_step.py and scaling.py at full size, since recomputed blocks keep one hidden state."""
-    _, _, text = (
-        (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8").partition("## The same on cards of 80 GB")
-    )
-    lines = [json.loads(line) for line in text.splitlines() if line.startswith('{"precision"') or '"gpus": 1' in line]
-    return [line for line in lines if line.get("layers") == 48 and line.get("peak_gib") and line["mode"] == "av"]
+    """The lines of train_step.py at full size that today's code printed: those of the first section."""
+    text = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    _, _, text = text.partition("## One training step")
+    text, _, _ = text.partition("\n## ")
+    lines = [json.loads(line) for line in text.splitlines() if line.startswith('{"precision"')]
+    return [line for line in lines if line.get("layers") == 48]
 
 
 def test_there_are_lines_of_every_kind() -> None:
@@ -47,13 +47,10 @@ each = pytest.mark.parametrize(
 @each
 def test_predicted_peaks_are_within_five_percent_of_measured_ones(line: dict) -> None:
     footprint, choice = planned(line)
-    peak = max(line["peak_gib"]) if isinstance(line["peak_gib"], list) else line["peak_gib"]
-    assert footprint.total(choice) / 2**30 == pytest.approx(peak, rel=0.05)
+    assert footprint.total(choice) / 2**30 == pytest.approx(line["peak_gib"], rel=0.05)
 
 
 @each
 def test_predicted_seconds_are_near_the_measured_ones(line: dict) -> None:
-    if "H100" not in line["gpu"]:
-        pytest.skip("the speed is that of an H100")
     footprint, choice = planned(line)
-    assert footprint.seconds(choice, H100) == pytest.approx(line["sec"], rel=0.12)
+    assert footprint.seconds(choice, H200) == pytest.approx(line["sec"], rel=0.12)

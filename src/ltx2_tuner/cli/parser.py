@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from ltx2_tuner import __version__
-from ltx2_tuner.devices import keep_memory_in_one_piece
+from ltx2_tuner.cli.allocator import keep_memory_in_one_piece
 from ltx2_tuner.errors import UserError, nearest
 
 # Flags of related tools and of upstream's other models, with what to type here instead.

@@ -9,7 +9,7 @@ import torch
 _SIDE = 4096  # of the matrices
 _BYTES = 64 << 20  # of the copy
 # Shares of these rates that a training step reaches. Copies wait for memory that kernels use meanwhile.
-_USED, _USED_OF_COPIES = 0.63, 0.9
+_USED, _USED_OF_COPIES = 0.65, 0.9
 
 
 @dataclass(frozen=True)
