@@ -36,21 +36,6 @@ ODD = {  # heads and their widths are no powers of two
 launches: list[bool] = []  # for each of a kernel, whether it rotated
 
 
-class Kept:
-    """What autograd keeps that is no weight: bytes by the place of each memory."""
-
-    def __init__(self, model: LTXTransformer) -> None:
-        self.sizes: dict[int, int] = {}
-        tensors = [*model.parameters(), *model.buffers()]
-        self.weights = {tensor.untyped_storage().data_ptr() for tensor in tensors}
-
-    def pack(self, tensor: Tensor) -> Tensor:
-        memory = tensor.untyped_storage()
-        if memory.data_ptr() not in self.weights:
-            self.sizes[memory.data_ptr()] = memory.nbytes()
-        return tensor
-
-
 def model_of(weights: str, switches: list[str]) -> tuple[LTXTransformer, LoRANetwork]:
     changes = {"num_layers": 2} | (ODD if "odd" in switches else {})
     if "interleaved" in switches:
@@ -82,15 +67,15 @@ def passes(case: str, *, compiled: bool) -> tuple[list[Tensor], int]:
             name: dataclasses.replace(stream, positions=stream.positions[:1]) for name, stream in streams.items()
         }
     autocast = torch.autocast("cpu", dtype) if "autocast" in switches else contextlib.nullcontext()
-    kept = Kept(model)
-    with autocast, torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda tensor: tensor):
+    kept = blocks.Kept(model)
+    with autocast, kept.counting():
         velocities = model(**streams)
         if "between" in switches:
             with torch.no_grad():
                 model(**streams)
     sum(velocity.float().square().mean() for velocity in velocities).backward()
     grads = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
-    return [*(velocity.detach() for velocity in velocities), *grads], sum(kept.sizes.values())
+    return [*(velocity.detach() for velocity in velocities), *grads], kept.bytes
 
 
 def compare(case: str) -> dict[str, object]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-
 import pytest
 import torch
 from torch import nn
@@ -21,7 +19,6 @@ from ltx2_tuner.quantization import Fp8Linear, QuantisedLinear, expand
 from ltx2_tuner.quantization.formats import WeightFormat, freeze
 from ltx2_tuner.training.regularizers.ema import Shadows
 from tests.memory import blocks
-from tests.memory.test_planner import Made
 from tests.models.transformer import tiny
 
 
@@ -313,11 +310,10 @@ def test_joining_keeps_no_more_for_the_backward_pass(weights: str, compiled: boo
         if compiled:
             torch._dynamo.reset()
             compile_blocks(model.transformer_blocks, backend="aot_eager_decomp_partition")
-        with Made() as made:
-            outputs = model(**tiny.inputs(model.config))
-        gc.collect()
-        kept.append(made.held(model))
-        del outputs
+        counted = blocks.Kept(model)
+        with counted.counting():
+            model(**tiny.inputs(model.config))
+        kept.append(counted.bytes)
     assert kept[1] <= 1.001 * kept[0], kept
 
 

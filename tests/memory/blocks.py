@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from ltx2_tuner.lora import LoRANetwork, Targets, select_layers
 from ltx2_tuner.models.transformer import LTXTransformer
@@ -52,6 +53,31 @@ def adapted(
     network.set_compute_dtype(dtype)
     network.attach(model)
     return model.to(device).train(), network.train()
+
+
+class Kept:
+    """What autograd keeps that is no weight, within `with kept.counting()`; also of compiled passes.
+
+    A dispatch mode that counts would keep passes from being compiled.
+    """
+
+    def __init__(self, model: LTXTransformer) -> None:
+        self.sizes: dict[int, int] = {}
+        tensors = [*model.parameters(), *model.buffers()]
+        self.weights = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.sizes.values())
+
+    def counting(self) -> torch.autograd.graph.saved_tensors_hooks:
+        return torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        memory = tensor.untyped_storage()
+        if memory.data_ptr() not in self.weights:
+            self.sizes[memory.data_ptr()] = memory.nbytes()
+        return tensor
 
 
 def gradients(
