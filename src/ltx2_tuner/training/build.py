@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 
 from ltx2_tuner.checkpoint import Checkpoint
 from ltx2_tuner.checkpoint.base_model import BaseModel, load_base_model
@@ -16,8 +17,10 @@ from ltx2_tuner.checkpoint.precision import PrecisionOptions, effective_format
 from ltx2_tuner.checkpoint.transformer_loader import OnBlock
 from ltx2_tuner.data.batches import TrainingData, ValidationData
 from ltx2_tuner.lora.build import build_network, optimizer_groups, target_of
+from ltx2_tuner.memory.planner import Plan
 from ltx2_tuner.memory.prepare import host_blocks
 from ltx2_tuner.memory.sharding import BlockShards
+from ltx2_tuner.models.transformer import LTXTransformer
 from ltx2_tuner.training.balance import AudioBalancer
 from ltx2_tuner.training.base_weights import merge_base_weights
 from ltx2_tuner.training.footprint import batch_shapes, largest_batch, moment_bytes, plan_memory, settled, suited
@@ -30,11 +33,9 @@ from ltx2_tuner.training.modes import MODES, Compute, Mode
 from ltx2_tuner.training.modes.streams import Text
 from ltx2_tuner.training.network import trained_parameters
 from ltx2_tuner.training.optimizers import create_optimizer, describe_optimizer, optimizer_path, scheduler_warnings
-from ltx2_tuner.training.options import (
-    DrawOptions,
-    LoopOptions,
-)
+from ltx2_tuner.training.options import DrawOptions, LoopOptions
 from ltx2_tuner.training.random import seed_default_generators
+from ltx2_tuner.training.regularizers.base import Regularizers
 from ltx2_tuner.training.regularizers.build import Setting, make_regularizers
 from ltx2_tuner.training.regularizers.prompts import PreservationPrompts, Prompt
 from ltx2_tuner.training.rehearsal import Arrangement, rehearse
@@ -76,31 +77,8 @@ def build(
     config = replace(config, precision=_settle_precision(config, sources.checkpoint, device))
     plan = plan_memory(config, sources, processes)
     config = settled(config, plan)
-    shards = BlockShards(processes.peers, device) if config.memory.shard_base else None
-    hosts = host_blocks(sources.model.num_layers, config.memory, device)
-    keeper = shards or hosts
-    base = _load_model(config, sources, device, None if keeper is None else keeper.take)
-    model = base.transformer
-    network = build_network(
-        model,
-        config.network,
-        mode=config.trained_mode,
-        seed=config.loop.seed,
-        quantised=config.precision.weights.kind != "dense",
-        start_values=base.start_values,
-    )
-    network.to(device, config.adapter_dtype)
-    loftq = _keep_start(config, base, network, processes)
-    adapters_in = _MIXED_PRECISION.get(config.mixed_precision, config.dtype)
-    stays = not getattr(sampler, "offloads", False)
-    shapes = len(set(batch_shapes(config, sources.training)))
-    compilation = suited(config.compilation, shapes)
-    arrangement = Arrangement(
-        model, network, config.memory, compilation, device, adapters_in, plan, shards, hosts, stays=stays
-    )
-    logger.info("%s", arrangement.prepared)
-    if arrangement.prepared.compiled and compilation != config.compilation:
-        logger.info("%d batch shapes: from the second on, code is compiled once for all of them", shapes)
+    arranged = _arrange(config, sources, processes, plan, stays=not getattr(sampler, "offloads", False))
+    model, network, arrangement = arranged.model, arranged.network, arranged.arrangement
     data = sources.training.loader(
         rank=processes.rank,
         world_size=processes.count,
@@ -110,30 +88,20 @@ def build(
     )
     loop = _settle_length(config.loop, len(data))
     mode, autocast = _make_mode(config, sources, device, blank), _autocast(device, config.mixed_precision)
-    rates = config.optimizer
-    regularizers = make_regularizers(
-        config.regularizers,
-        Setting(
-            model=model,
-            network=network,
-            mode=mode,
-            device=device,
-            autocast=autocast,
-            seed=loop.seed,
-            steps=loop.max_steps,
-            learning_rate=rates.learning_rate,
-            output_dir=config.save.output_dir,
-            cache_directory=config.data.datasets[0].cache_directory if config.data.datasets else config.save.output_dir,
-        ),
-        prompts,
+    setting = Setting(
+        model=model,
+        network=network,
+        mode=mode,
+        device=device,
+        autocast=autocast,
+        seed=loop.seed,
+        steps=loop.max_steps,
+        learning_rate=config.optimizer.learning_rate,
+        output_dir=config.save.output_dir,
+        cache_directory=config.data.datasets[0].cache_directory if config.data.datasets else config.save.output_dir,
     )
-    groups, group_names = optimizer_groups(network, rates.learning_rate, rates.audio_learning_rate, rates.lr_args)
-    for extra in regularizers.trained():
-        groups.append({"params": list(extra.module.parameters()), "lr": extra.learning_rate})
-        group_names.append(extra.name)
-    optimizer = create_optimizer(config.optimizer, groups)
-    for warning in scheduler_warnings(optimizer, config.scheduler.name, config.optimizer.max_grad_norm):
-        logger.warning("%s", warning)
+    regularizers = make_regularizers(config.regularizers, setting, prompts)
+    optimizer, group_names = _make_optimizer(config, network, regularizers)
     scheduler = create_scheduler(optimizer, config.scheduler, loop.max_steps, config.optimizer.learning_rate)
     draws = settle_draws(config.draws, sources.version)
     validator = None
@@ -163,7 +131,7 @@ def build(
         monitor=AudioMonitor(config.loss.supervision) if config.trained_mode == "av" else None,
         guard=NonFiniteGuard(config.loop.nan_check),
         saver=_make_saver(
-            config, sources, describe_optimizer(optimizer, config.optimizer), processes, loop, len(data), loftq
+            config, sources, describe_optimizer(optimizer, config.optimizer), processes, loop, len(data), arranged.loftq
         ),
         log=trackers.log,
         histogram=trackers.histogram,
@@ -189,6 +157,68 @@ def build(
     return trainer
 
 
+@dataclass(frozen=True)
+class _Arranged:
+    """The frozen model with its adapters, ready for training passes. loftq: what its adapters started from."""
+
+    model: LTXTransformer
+    network: nn.Module
+    arrangement: Arrangement
+    loftq: LoftQStart | None
+
+
+def _arrange(
+    config: TrainingConfig, sources: Sources, processes: Processes, plan: Plan | None, *, stays: bool
+) -> _Arranged:
+    """Load the weights and put the adapters on them.
+
+    Args:
+        config: with the memory options that the plan has settled.
+        stays: as `Arrangement` takes it.
+    """
+    device = processes.device
+    shards = BlockShards(processes.peers, device) if config.memory.shard_base else None
+    hosts = host_blocks(sources.model.num_layers, config.memory, device)
+    keeper = shards or hosts
+    base = _load_model(config, sources, device, None if keeper is None else keeper.take)
+    model = base.transformer
+    network = build_network(
+        model,
+        config.network,
+        mode=config.trained_mode,
+        seed=config.loop.seed,
+        quantised=config.precision.weights.kind != "dense",
+        start_values=base.start_values,
+    )
+    network.to(device, config.adapter_dtype)
+    loftq = _keep_start(config, base, network, processes)
+    shapes = len(set(batch_shapes(config, sources.training)))
+    compilation = suited(config.compilation, shapes)
+    dtype = _MIXED_PRECISION.get(config.mixed_precision, config.dtype)
+    arrangement = Arrangement(
+        model, network, config.memory, compilation, device, dtype, plan, shards, hosts, stays=stays
+    )
+    logger.info("%s", arrangement.prepared)
+    if arrangement.prepared.compiled and compilation != config.compilation:
+        logger.info("%d batch shapes: from the second on, code is compiled once for all of them", shapes)
+    return _Arranged(model, network, arrangement, loftq)
+
+
+def _make_optimizer(
+    config: TrainingConfig, network: nn.Module, regularizers: Regularizers
+) -> tuple[torch.optim.Optimizer, list[str]]:
+    """The optimizer of the adapters and of what regularizers train, and the names of its groups."""
+    rates = config.optimizer
+    groups, names = optimizer_groups(network, rates.learning_rate, rates.audio_learning_rate, rates.lr_args)
+    for extra in regularizers.trained():
+        groups.append({"params": list(extra.module.parameters()), "lr": extra.learning_rate})
+        names.append(extra.name)
+    optimizer = create_optimizer(rates, groups)
+    for warning in scheduler_warnings(optimizer, config.scheduler.name, rates.max_grad_norm):
+        logger.warning("%s", warning)
+    return optimizer, names
+
+
 def _audio_plan(config: TrainingConfig, share: float) -> str:
     without_sound = None
     if config.modes.silence_regularizer:
@@ -198,7 +228,7 @@ def _audio_plan(config: TrainingConfig, share: float) -> str:
     return audio_plan(share, without_sound=without_sound, balance=config.loss.balance.mode)
 
 
-def _check_disk(config: TrainingConfig, parameters: Sequence[torch.nn.Parameter]) -> None:
+def _check_disk(config: TrainingConfig, parameters: Sequence[nn.Parameter]) -> None:
     values = sum(parameter.numel() for parameter in parameters)
     itemsize = config.adapter_dtype.itemsize
     wanted = config.save.state or config.save.state_on_train_end
@@ -258,9 +288,7 @@ def _load_model(config: TrainingConfig, sources: Sources, device: torch.device, 
     return base
 
 
-def _keep_start(
-    config: TrainingConfig, base: BaseModel, network: torch.nn.Module, processes: Processes
-) -> LoftQStart | None:
+def _keep_start(config: TrainingConfig, base: BaseModel, network: nn.Module, processes: Processes) -> LoftQStart | None:
     """What LoftQ's adapters start from, written beside the output; None without LoftQ."""
     if base.start_values is None:
         return None
