@@ -30,6 +30,22 @@ def test_there_are_lines_of_every_kind() -> None:
     assert {("bf16", "none", False), ("bf16", "full", False), ("fp8", "full", True), ("nf4", "full", True)} <= kinds
 
 
+def frontier() -> list[dict]:
+    """The lines of frontier.py, those of a plan measured once."""
+    text = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    lines = [json.loads(line) for line in text.splitlines() if line.startswith('{"budget_gb"')]
+    return list({(line["precision"], line["streamed"], line["recomputed"]): line for line in lines}.values())
+
+
+@pytest.mark.parametrize("line", frontier(), ids=lambda line: f"{line['precision']}-{line['budget_gb']:g}")
+def test_plans_of_the_frontier_are_predicted_likewise(line: dict) -> None:
+    footprint = train_step.footprint(train_step.parse_arguments(["--precision", line["precision"]]))
+    choice = Choice(line["streamed"], line["recomputed"], ring=line["ring"])
+    assert line["graphs"]
+    assert footprint.total(choice) / 2**30 == pytest.approx(line["peak_gib"], rel=0.05)
+    assert footprint.seconds(choice, H200) == pytest.approx(line["sec"], rel=0.12)
+
+
 def planned(line: dict) -> tuple[Footprint, Choice]:
     args = train_step.parse_arguments(
         ["--precision", line["precision"], "--lora_dtype", line.get("lora_dtype", "float32"), "--mode", line["mode"]]

@@ -1,8 +1,8 @@
 """What one block keeps for the backward pass, and what a forward pass computes, from the shapes of a batch.
 
 The units are hidden states of a stream (tokens x width x bytes of the compute dtype); they were calibrated on the
-full-size LTX-2.3 with rank-32 adapters on all attentions, whose peaks at 768x512x49 without recomputation are 69.6 GiB
-(audio and video) and 47.6 GiB (video alone).
+full-size LTX-2.3 with rank-32 adapters on all attentions, whose peak at 768x512x49 without recomputation is 67.4 GiB
+with sound (and was 47.6 GiB without, when it was 69.6 with).
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from ltx2_tuner.models.transformer import TransformerConfig
 
-_OWN_UNITS = 20.7  # self-attention, queries to the text, feed-forward
-_EXCHANGE_UNITS = 8.6  # attention to and from the other stream
+_OWN_UNITS = 19.8  # self-attention, queries to the text, feed-forward
+_EXCHANGE_UNITS = 7.5  # attention to and from the other stream
 _TEXT_UNITS = 4.0  # modulated text, its keys and values: per text token
 
 
