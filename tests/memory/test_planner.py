@@ -261,6 +261,14 @@ def test_the_table_says_where_the_memory_goes_and_how_long_a_step_takes():
     assert 0.49 <= seconds <= 0.8
 
 
+def test_a_run_without_room_for_recorded_passes_fits_and_says_so() -> None:
+    footprint = full_size("av", "nf4")
+    tight = settle(MemoryOptions(), footprint, 1)
+    plan = settle(MemoryOptions(), footprint, tight.predicted + GIB)
+    assert plan.fits and "no room to be recorded" in plan.table and plan.choice == tight.choice
+    assert "no room" not in settle(MemoryOptions(), footprint, tight.predicted + 3 * GIB).table
+
+
 def test_a_run_that_cannot_fit_says_so():
     plan = settle(MemoryOptions(), full_size("av"), 4 * GIB)
     assert not plan.fits and "does not fit" in plan.table and plan.tighter() is None

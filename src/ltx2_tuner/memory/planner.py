@@ -16,8 +16,8 @@ from ltx2_tuner.memory.options import MemoryOptions
 from ltx2_tuner.memory.speed import Speed
 
 _GIB = 2**30
-# CUDA context, library workspaces, one expanded matrix, fragmentation.
-_RESERVE = 1.4 * _GIB
+# CUDA context, library workspaces, one expanded matrix, fragmentation; and what a recorded pass reserves on top.
+_RESERVE, _RECORDED = 0.8 * _GIB, 0.6 * _GIB
 _FRAGMENTED = 0.05  # of the activations: gaps between them
 # What the backward pass of a recomputed block takes, in what a block keeps that is not: its activations, gradients of
 # them, expanded weights. The full-size model took 1.2 to 1.9 (docs/benchmarks.md).
@@ -77,7 +77,7 @@ class Footprint:
     def reserve(self, choice: Choice) -> float:
         """Bytes that stay free: for CUDA itself, and what the recording of a pass has to leave to others."""
         activations = self.activations(choice)
-        return _RESERVE + _FRAGMENTED * activations + spare(activations)
+        return _RESERVE + _RECORDED + _FRAGMENTED * activations + spare(activations)
 
     def parts(self, choice: Choice) -> dict[str, float]:
         """Where each byte of the peak goes."""
@@ -257,7 +257,6 @@ def _plan(
     speed: Speed | None,
 ) -> Plan:
     parts = footprint.parts(choice)
-    fits = sum(parts.values()) + footprint.reserve(choice) <= budget
     return Plan(
         options=replace(
             options,
@@ -268,13 +267,18 @@ def _plan(
             ring_size=choice.ring,
         ),
         predicted=sum(parts.values()),
-        table=_table(choice, parts, footprint, budget, speed, fits),
-        fits=fits,
+        table=_table(choice, parts, footprint, budget, speed),
+        fits=_fits(parts, budget),
         footprint=footprint,
         budget=budget,
         speed=speed,
         rest=rest,
     )
+
+
+def _fits(parts: Mapping[str, float], budget: float) -> bool:
+    """Whether a pass fits, recorded or not."""
+    return sum(parts.values()) + _RESERVE <= budget
 
 
 def _table(
@@ -283,7 +287,6 @@ def _table(
     footprint: Footprint,
     budget: float,
     speed: Speed | None,
-    fits: bool,
 ) -> str:
     rows = {**parts, "CUDA, workspaces, spare": footprint.reserve(choice)}
     rows["sum"] = sum(rows.values())
@@ -304,6 +307,9 @@ def _table(
     # How fast the cards read each other is not measured.
     if speed is not None and footprint.forward and footprint.shards == 1:
         lines.append(f"  {'predicted':<32}{footprint.seconds(choice, speed):8.2f} s/step")
-    if not fits:
-        lines.append("  this does not fit: use fp8 or nf4 weights, a smaller resolution or shorter clips")
+    smaller = "use fp8 or nf4 weights, a smaller resolution or shorter clips"
+    if not _fits(parts, budget):
+        lines.append(f"  this does not fit: {smaller}")
+    elif rows["sum"] > budget:
+        lines.append(f"  passes may have no room to be recorded, and take several times as long: {smaller}")
     return "\n".join(lines)
