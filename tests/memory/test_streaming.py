@@ -6,9 +6,11 @@ import itertools
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ltx2_tuner.memory.compilation import compile_blocks
-from ltx2_tuner.memory.streaming import BlockStore, streamed_indices
+from ltx2_tuner.memory.streaming import BlockStore, further_indices, streamed_indices
 from ltx2_tuner.training.draws import ValidationDraws
 from tests.memory.blocks import adapted, gradients
 from tests.training.tiny import Clip, Recorder, make_trainer, train, write_checkpoint, write_workspace
@@ -137,3 +139,19 @@ def test_free_slots_take_the_blocks_that_come_next():
     assert held(3, 1) == {1, 3}
     assert held(3, -1) == {1, 3}
     assert held(2, -1) == {0, 1}, "block 2 lies on the device and leaves both slots to others"
+
+
+@given(blocks=st.integers(2, 60), data=st.data())
+def test_more_blocks_are_streamed_and_none_comes_home(blocks: int, data: st.DataObject) -> None:
+    few = data.draw(st.integers(1, blocks - 1))
+    many = data.draw(st.integers(few, blocks - 1))
+    before = streamed_indices(blocks, few)
+    after = further_indices(blocks, before, many)
+    assert len(after) == many and set(before) <= set(after) <= set(range(blocks)) and list(after) == sorted(after)
+    if many == few:
+        assert after == before
+
+
+def test_further_blocks_lie_far_from_those_that_are_streamed() -> None:
+    assert further_indices(12, (2, 3, 4), 5) == (2, 3, 4, 7, 11)
+    assert further_indices(8, (), 2) == streamed_indices(8, 2)

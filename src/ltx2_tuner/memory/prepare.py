@@ -14,7 +14,7 @@ from ltx2_tuner.memory.host_blocks import HostBlocks
 from ltx2_tuner.memory.offload import ActivationOffload
 from ltx2_tuner.memory.options import CompileOptions, MemoryOptions
 from ltx2_tuner.memory.sharding import BlockShards, ShardedStore
-from ltx2_tuner.memory.streaming import BlockStore, streamed_indices
+from ltx2_tuner.memory.streaming import BlockStore, further_indices, streamed_indices
 from ltx2_tuner.models.transformer import LTXTransformer
 from ltx2_tuner.quantization import QuantisedLinear
 
@@ -103,11 +103,12 @@ def _stream(
     blocks = model.transformer_blocks
     if not options.blocks_to_swap:
         return store
-    indices = streamed_indices(len(blocks), options.blocks_to_swap)
     if store is None:
+        indices = streamed_indices(len(blocks), options.blocks_to_swap)
         store = BlockStore(blocks, indices, device, ring=options.ring, pinned=options.pinned, hosts=hosts)
         model.block_runner = store
     else:
+        indices = further_indices(len(blocks), store.streamed, options.blocks_to_swap)
         store.restream(blocks, indices, options.ring)
     return store
 

@@ -36,6 +36,20 @@ def streamed_indices(blocks: int, count: int) -> tuple[int, ...]:
     return tuple((2 * index + 1) * blocks // (2 * count) for index in range(count))
 
 
+def further_indices(blocks: int, streamed: Sequence[int], count: int) -> tuple[int, ...]:
+    """`count` of `blocks` blocks, those that are streamed already among them, the others as far from these as can be.
+
+    None of them comes back to the device, which may have no room for it.
+    """
+    if count < len(streamed) or not streamed:
+        return streamed_indices(blocks, count)
+    chosen = set(streamed)
+    while len(chosen) < count:
+        others = (index for index in range(blocks) if index not in chosen)
+        chosen.add(max(others, key=lambda index: min(abs(index - other) for other in chosen)))
+    return tuple(sorted(chosen))
+
+
 @dataclass(frozen=True)
 class _Piece:
     """Where one tensor of a frozen layer lies in its block's buffer."""
