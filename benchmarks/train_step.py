@@ -25,19 +25,18 @@ from torch import nn
 from ltx2_tuner.cli.allocator import keep_memory_in_one_piece
 from ltx2_tuner.devices import exact
 from ltx2_tuner.lora import LoRANetwork, Targets, select_layers
-from ltx2_tuner.memory.activations import BatchShape, boundary_bytes, forward_operations, kept_bytes
+from ltx2_tuner.memory.activations import BatchShape
 from ltx2_tuner.memory.options import CompileOptions, MemoryOptions
 from ltx2_tuner.memory.planner import Footprint, settle
 from ltx2_tuner.memory.prepare import prepare_model
 from ltx2_tuner.memory.sharding import BlockShards
-from ltx2_tuner.memory.sizes import weight_sizes
 from ltx2_tuner.memory.streaming import streamed_indices
 from ltx2_tuner.models.transformer import LTXTransformer, Modality, TransformerConfig
 from ltx2_tuner.models.transformer.tokens import audio_latent_length, audio_positions, video_positions
 from ltx2_tuner.quantization import is_quantisable
 from ltx2_tuner.quantization.formats import WeightFormat, freeze
 from ltx2_tuner.training.acceleration import accelerate
-from ltx2_tuner.training.footprint import apart, effort
+from ltx2_tuner.training.footprint import footprint_of
 
 WARM_UP, MEASURED = 4, 6
 TEXT_TOKENS = 1024
@@ -187,25 +186,13 @@ def footprint(args: argparse.Namespace) -> Footprint:
     config = configuration(args)
     with torch.device("meta"):
         model = LTXTransformer(config, args.mode)
-    sizes = weight_sizes(model, PRECISIONS[args.precision], torch.bfloat16)
     layers = select_layers(model, Targets(args.mode, "audio" if args.mode == "audio" else "t2v"))
     values = sum(args.rank * (layer.in_features + layer.out_features) for layer in layers.values())
-    adapter = 4 if args.lora_dtype == "float32" else 2
     given = inputs(args, config, torch.device("cpu"))
     tokens = {name: 0 if modality is None else modality.latent.shape[1] for name, modality in given.items()}
     shape = BatchShape(tokens["video"], tokens["audio"], TEXT_TOKENS)
-    return Footprint(
-        blocks=sizes.blocks,
-        block=sizes.block,
-        rest=sizes.rest,
-        trained=values * (3 * adapter + (2 if adapter != 2 else 0)),
-        gradients=values * adapter,
-        kept=kept_bytes(config, shape, 2),
-        boundary=boundary_bytes(config, shape, 2),
-        expanded=sizes.expanded,
-        forward=forward_operations(config, shape, 1) * effort(PRECISIONS[args.precision]),
-        apart=apart(PRECISIONS[args.precision]),
-    )
+    adapters = getattr(torch, args.lora_dtype)
+    return footprint_of(model, PRECISIONS[args.precision], torch.bfloat16, values, adapters, "AdamW", shape, 1)
 
 
 def memory_options(args: argparse.Namespace, device: torch.device) -> MemoryOptions:

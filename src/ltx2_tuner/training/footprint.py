@@ -71,24 +71,53 @@ def estimate(config: TrainingConfig, sources: Sources, shards: int = 1) -> Footp
     variant = {"video": "video", "av": "av", "audio": "audio" if config.audio_only_model else "av"}[config.mode]
     with torch.device("meta"):
         model = LTXTransformer(sources.model, variant)
-    sizes = weight_sizes(model, config.precision.weights, config.dtype)
-    values = _adapter_values(model, config.network, config.trained_mode)
-    adapter = config.adapter_dtype.itemsize
-    copies = config.dtype.itemsize if config.dtype != config.adapter_dtype else 0
     shape, samples = largest_batch(config, sources.training)[1:]
+    needed = footprint_of(
+        model,
+        config.precision.weights,
+        config.dtype,
+        _adapter_values(model, config.network, config.trained_mode),
+        config.adapter_dtype,
+        config.optimizer.type,
+        shape,
+        samples,
+    )
+    waits = config.loop.accumulation > 1 or config.regularizers.preservation.active
+    return replace(needed, gradients_wait=waits, shards=shards)
+
+
+def footprint_of(
+    model: LTXTransformer,
+    weights: WeightFormat,
+    dtype: torch.dtype,
+    values: int,
+    adapter_dtype: torch.dtype,
+    optimizer: str,
+    shape: BatchShape,
+    samples: int,
+) -> Footprint:
+    """What a step needs.
+
+    Args:
+        model: on the meta device will do.
+        weights, dtype: what the blocks' matrices are stored in, and what they multiply in.
+        values: that are trained.
+        optimizer: its name.
+        shape, samples: of the batch.
+    """
+    sizes = weight_sizes(model, weights, dtype)
+    copies = dtype.itemsize if dtype != adapter_dtype else 0
     return Footprint(
         blocks=sizes.blocks,
         block=sizes.block,
         rest=sizes.rest,
-        trained=values * (adapter + copies) + moment_bytes(config.optimizer.type, values, adapter),
-        gradients=values * adapter,
-        gradients_wait=config.loop.accumulation > 1 or config.regularizers.preservation.active,
-        kept=kept_bytes(sources.model, shape, config.dtype.itemsize),
-        boundary=boundary_bytes(sources.model, shape, config.dtype.itemsize),
+        trained=values * (adapter_dtype.itemsize + copies) + moment_bytes(optimizer, values, adapter_dtype.itemsize),
+        gradients=values * adapter_dtype.itemsize,
+        kept=kept_bytes(model.config, shape, dtype.itemsize),
+        boundary=boundary_bytes(model.config, shape, dtype.itemsize),
         expanded=sizes.expanded,
-        forward=forward_operations(sources.model, shape, samples) * effort(config.precision.weights),
-        apart=apart(config.precision.weights),
-        shards=shards,
+        forward=forward_operations(model.config, shape, samples) * _effort(weights),
+        apart=_apart(weights),
     )
 
 
@@ -97,12 +126,12 @@ def spare_host_memory() -> float:
     return _HOST_SHARE * psutil.virtual_memory().available
 
 
-def apart(weights: WeightFormat) -> float:
+def _apart(weights: WeightFormat) -> float:
     """How many times as long products take with weights that come and go: those that are expanded are joined anyway."""
     return 1.0 if weights.kind in ("fp8", "nf4") and not weights.fp8_compute else _APART
 
 
-def effort(weights: WeightFormat) -> float:
+def _effort(weights: WeightFormat) -> float:
     """How long arithmetic takes, in what it takes with bf16 weights."""
     if weights.fp8_compute:
         return _FP8_PRODUCTS
