@@ -28,10 +28,11 @@ def gpu(monkeypatch) -> list[tuple[float, int]]:
     def limit(fraction, device):
         limits.append((fraction, torch.cuda._utils._get_device_index(device)))  # as torch does
 
-    properties = types.SimpleNamespace(total_memory=TOTAL)
+    properties, current = types.SimpleNamespace(total_memory=TOTAL), [1]
     for name, answer in {
         "is_available": lambda: True,
-        "current_device": lambda: 1,
+        "current_device": lambda: current[-1],
+        "set_device": lambda device: current.append(device.index),
         "mem_get_info": lambda device: (TOTAL, TOTAL),
         "get_device_properties": lambda device: properties,
         "set_per_process_memory_fraction": limit,
@@ -75,7 +76,9 @@ def test_a_budget_limits_the_gpu_of_a_run_without_a_launcher(tmp_path, checkpoin
     ],
 )
 def test_training_runs_where_the_flag_and_the_launcher_say(gpu, monkeypatch, flags, found, wanted):
-    assert join(monkeypatch, *flags, found=found).device == torch.device(wanted)
+    device = join(monkeypatch, *flags, found=found).device
+    assert device == torch.device(wanted)
+    assert device.type == "cpu" or torch.cuda.current_device() == device.index, "streams are made on the current one"
 
 
 @pytest.mark.parametrize(

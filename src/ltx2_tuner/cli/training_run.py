@@ -21,6 +21,7 @@ from ltx2_tuner.cli.previews import make_previewer
 from ltx2_tuner.cli.regularizers import blank_prompt, preservation_prompts
 from ltx2_tuner.cli.run_record import RunRecord
 from ltx2_tuner.compat import prepare_torchaudio
+from ltx2_tuner.devices import exact
 from ltx2_tuner.errors import UserError
 from ltx2_tuner.memory.sharding import Peers
 from ltx2_tuner.training.build import build, settle_draws
@@ -143,13 +144,15 @@ def join_processes(args: argparse.Namespace) -> Processes:
     chosen = values.named_device(args.device) if args.device else None
     timeout = {} if args.ddp_timeout is None else {"timeout": datetime.timedelta(minutes=args.ddp_timeout)}
     state = PartialState(cpu=chosen is not None and chosen.type == "cpu", **timeout)
-    device = state.device if chosen is None or chosen.index is None else chosen
+    device = exact(state.device if chosen is None or chosen.index is None else chosen)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # streams and graphs are made on the current one
     if not state.is_main_process:
         logging.getLogger().setLevel(logging.WARNING)
     _allow_fast_kernels(args)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))
     return Processes(
-        torch.device(device),
+        device,
         state.process_index,
         state.num_processes,
         state.wait_for_everyone,
