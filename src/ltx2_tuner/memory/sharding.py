@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
 
+from ltx2_tuner.devices import exact
 from ltx2_tuner.errors import UserError
 from ltx2_tuner.memory.streaming import ALIGNMENT, BlockStore, _Piece, _Slot, layout
 
@@ -152,7 +153,7 @@ def _opened(size: int, offer: object, device: torch.device) -> Tensor:
     if device.type != "cuda":
         return torch.from_file(offer, shared=True, size=size, dtype=torch.uint8)
     uuid, arguments = offer
-    own = torch.cuda.current_device() if device.index is None else device.index
+    own = exact(device).index
     visible = {str(torch.cuda.get_device_properties(index).uuid): index for index in range(torch.cuda.device_count())}
     if uuid not in visible:
         raise UserError(

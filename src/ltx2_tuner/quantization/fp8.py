@@ -11,6 +11,7 @@ import functools
 import torch
 from torch import Tensor
 
+from ltx2_tuner.devices import exact
 from ltx2_tuner.quantization import kernels
 
 FP8_MAX = 448.0
@@ -78,8 +79,8 @@ def product(left: Tensor, left_scale: Tensor, right: Tensor, right_scale: Tensor
 
 def has_fp8_products(device: torch.device | str) -> bool:
     """Whether `device` multiplies row-scaled fp8 matrices."""
-    device = torch.device(device)
-    return device.type == "cuda" and _probe(device.index if device.index is not None else torch.cuda.current_device())
+    device = exact(device)
+    return device.type == "cuda" and _probe(device.index)
 
 
 @functools.cache

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from ltx2_tuner.checkpoint.safetensors_file import SafetensorsFile
 from ltx2_tuner.compat import prepare_torchaudio
+from ltx2_tuner.devices import exact
 from ltx2_tuner.errors import UserError
 from ltx2_tuner.text_encoding.fp8 import Fp8Linear
 from ltx2_tuner.text_encoding.options import GemmaOptions
@@ -184,7 +185,7 @@ def _load_quantized(source: GemmaSource, device: torch.device, dtype: torch.dtyp
             config=source.config,
             dtype=dtype,
             key_mapping={f"^{re.escape(source.weights.prefix)}": ""},
-            device_map={"": device.index if device.index is not None else torch.cuda.current_device()},
+            device_map={"": exact(device).index},
             output_loading_info=True,
             local_files_only=True,
             **arguments,
