@@ -11,14 +11,14 @@ T tokens, n channels of a part (queries, keys or values), c parts, r rank. Trito
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import logging
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from ltx2_tuner.models.transformer.rope import RopeTable, apply_rope
+from ltx2_tuner.quantization.kernels import kernels_work
 from ltx2_tuner.quantization.operators import operator
 
 try:
@@ -26,8 +26,6 @@ try:
     import triton.language as tl
 except ImportError:
     triton = None
-
-logger = logging.getLogger(__name__)
 
 LARGEST_WIDTH = 16384  # channels of a part: a program's registers
 _WARPS = 4
@@ -39,6 +37,25 @@ if triton is not None:
         """Channels of the first halves of all heads, and which of them exist; the second halves lie HALF further."""
         index = tl.arange(0, BLOCK)
         return (index // HALF) * (2 * HALF) + index % HALF, index < N // 2
+
+    @triton.jit
+    def _halves(values, one, real, HALF: tl.constexpr):
+        """What lies at the channels of both halves, in float32."""
+        a = tl.load(values + one, mask=real, other=0.0).to(tl.float32)
+        return a, tl.load(values + one + HALF, mask=real, other=0.0).to(tl.float32)
+
+    @triton.jit
+    def _store_halves(target, a, b, one, real, HALF: tl.constexpr):
+        tl.store(target + one, a, mask=real)
+        tl.store(target + one + HALF, b, mask=real)
+
+    @triton.jit
+    def _of_part(part, first, second, third):
+        if part == 1:
+            first = second
+        if part == 2:
+            first = third
+        return first
 
     @triton.jit
     def _turned(a, b, cos, sin, at, sign, N: tl.constexpr, BLOCK: tl.constexpr):
@@ -58,32 +75,28 @@ if triton is not None:
         row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
         one, real = _channels(N, HALF, BLOCK)
         at, added_at = row * product_stride + part * N, (part * tokens + row) * N
-        a = tl.load(product + at + one, mask=real, other=0.0).to(tl.float32)
-        b = tl.load(product + at + one + HALF, mask=real, other=0.0).to(tl.float32)
-        a += strength * tl.load(added + added_at + one, mask=real, other=0.0).to(tl.float32)
-        b += strength * tl.load(added + added_at + one + HALF, mask=real, other=0.0).to(tl.float32)
+        a, b = _halves(product + at, one, real, HALF)
+        more_a, more_b = _halves(added + added_at, one, real, HALF)
+        a += strength * more_a
+        b += strength * more_b
         if BIAS:
-            a += tl.load(bias + part * N + one, mask=real, other=0.0).to(tl.float32)
-            b += tl.load(bias + part * N + one + HALF, mask=real, other=0.0).to(tl.float32)
-        out, norm = out0, norm0
-        if part == 1:
-            out, norm = out1, norm1
-        if part == 2:
-            out = out2
+            bias_a, bias_b = _halves(bias + part * N, one, real, HALF)
+            a += bias_a
+            b += bias_b
+        out, norm = _of_part(part, out0, out1, out2), _of_part(part, norm0, norm1, norm0)
         kind = product.dtype.element_ty
         if part < NORMED:
             a, b = a.to(kind), b.to(kind)
-            tl.store(before + added_at + one, a, mask=real)
-            tl.store(before + added_at + one + HALF, b, mask=real)
+            _store_halves(before + added_at, a, b, one, real, HALF)
             a, b = a.to(tl.float32), b.to(tl.float32)
             scale = 1.0 / tl.sqrt(tl.sum(a * a + b * b, 0) / N + eps)
             tl.store(scales + part * tokens + row, scale)
-            a *= scale * tl.load(norm + one, mask=real, other=0.0).to(tl.float32)
-            b *= scale * tl.load(norm + one + HALF, mask=real, other=0.0).to(tl.float32)
+            weight_a, weight_b = _halves(norm, one, real, HALF)
+            a *= scale * weight_a
+            b *= scale * weight_b
             if ROPE:
                 a, b = _turned(a, b, cos, sin, (row % table_rows) * (N // 2), 1.0, N, BLOCK)
-        tl.store(out + row * N + one, a.to(kind), mask=real)
-        tl.store(out + row * N + one + HALF, b.to(kind), mask=real)
+        _store_halves(out + row * N, a.to(kind), b.to(kind), one, real, HALF)
         if GATES > 0:  # noqa: SIM102 (settled when it compiles, the other one when it runs)
             if part == 0:
                 gate = tl.arange(0, G)
@@ -102,29 +115,21 @@ if triton is not None:
     ):  # fmt: skip
         row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
         one, real = _channels(N, HALF, BLOCK)
-        grad, norm = grad0, norm0
-        if part == 1:
-            grad, norm = grad1, norm1
-        if part == 2:
-            grad = grad2
+        grad, norm = _of_part(part, grad0, grad1, grad2), _of_part(part, norm0, norm1, norm0)
         kind = result.dtype.element_ty
-        a = tl.load(grad + row * N + one, mask=real, other=0.0).to(tl.float32)
-        b = tl.load(grad + row * N + one + HALF, mask=real, other=0.0).to(tl.float32)
+        a, b = _halves(grad + row * N, one, real, HALF)
         if part < NORMED:
             if ROPE:
                 a, b = _turned(a, b, cos, sin, (row % table_rows) * (N // 2), -1.0, N, BLOCK)
-            a *= tl.load(norm + one, mask=real, other=0.0).to(tl.float32)
-            b *= tl.load(norm + one + HALF, mask=real, other=0.0).to(tl.float32)
-            before_at = (part * tokens + row) * N
-            x = tl.load(before + before_at + one, mask=real, other=0.0).to(tl.float32)
-            y = tl.load(before + before_at + one + HALF, mask=real, other=0.0).to(tl.float32)
+            weight_a, weight_b = _halves(norm, one, real, HALF)
+            a *= weight_a
+            b *= weight_b
+            x, y = _halves(before + (part * tokens + row) * N, one, real, HALF)
             scale = tl.load(scales + part * tokens + row)
             slope = tl.sum(a * x + b * y, 0) * scale * scale / N
             a = scale * (a - x * slope)
             b = scale * (b - y * slope)
-        target = result + row * product_stride + part * N + one
-        tl.store(target, a.to(kind), mask=real)
-        tl.store(target + HALF, b.to(kind), mask=real)
+        _store_halves(result + row * product_stride + part * N, a.to(kind), b.to(kind), one, real, HALF)
         if GATES + REST > 0:  # noqa: SIM102 (settled when it compiles, the other one when it runs)
             if part == 0:
                 gate = tl.arange(0, G)
@@ -153,14 +158,7 @@ def _fits(width: int, heads: int, table: Sequence[Tensor] | None) -> bool:
 @functools.cache
 def available() -> bool:
     """Whether the kernels compile here and agree with torch."""
-    if triton is None or not torch.cuda.is_available():
-        return False
-    try:
-        works = _agrees(torch.device("cuda"), torch.bfloat16, 2e-2)
-    except Exception as error:  # no C compiler, an unknown GPU...: single operations do the same
-        logger.info("no Triton kernels here (%s); heads are formed step by step", str(error).splitlines()[:1])
-        return False
-    return works
+    return kernels_work(lambda: _agrees(torch.device("cuda"), torch.bfloat16, 2e-2), "heads are formed step by step")
 
 
 @torch.no_grad()
@@ -206,11 +204,10 @@ def _plainly(
     both = product + bias
     parts = list(both[..., : count * width].chunk(count, dim=-1))
     parts = [part + strength * one @ matrix.t() for part, one, matrix in zip(parts, hidden, up)]
-    cos, sin = (table.float() for table in tables)
+    table = RopeTable(*(angles.float() for angles in tables))
     for index, weight in enumerate(norms):
         normed = torch.nn.functional.rms_norm(parts[index], (width,), weight, eps)
-        one, two = normed.unflatten(-1, (cos.shape[-2], -1)).chunk(2, dim=-1)
-        parts[index] = torch.cat([one * cos - two * sin, two * cos + one * sin], dim=-1).flatten(-2)
+        parts[index] = apply_rope(normed.unflatten(-1, (table.cos.shape[-2], -1)), table).flatten(-2)
     return [*parts, both[..., count * width : count * width + gates]]
 
 
@@ -245,18 +242,17 @@ def _form_heads(
         (B * T, c * r).
     """
     given = _Given(product, lower, up, norms, cos, sin, heads, gates)
-    *results, before, scales, _ = made = _fake(
-        product, lower, bias, lower_bias, up, norms, cos, sin, heads, gates, strength, eps
-    )
-    hidden = given.hidden
+    made = _fake(product, lower, bias, lower_bias, up, norms, cos, sin, heads, gates, strength, eps)
+    *results, before, scales, hidden = made
+    hidden.copy_(given.hidden)
     added = torch.bmm(hidden.unflatten(1, (up.shape[0], -1)).transpose(0, 1), up.transpose(1, 2))  # (c, B * T, n)
-    with torch.cuda.device(product.device) if product.is_cuda else contextlib.nullcontext():
+    with torch.cuda.device_of(product):
         _form[given.grid](
             given.product, given.lower, added, bias, bias if lower is None else lower_bias, *given.norms,
             *given.tables, *results[:3], before, scales, results[3], *given.numbers, strength, eps,
             BIAS=bias is not None, G=triton.next_power_of_2(max(gates, 1)), **given.constants,
         )  # fmt: skip
-    return (*made[:-1], hidden.clone(memory_format=torch.contiguous_format))
+    return made
 
 
 def _fake(product, lower, bias, lower_bias, up, norms, cos, sin, heads, gates, strength, eps):
@@ -299,7 +295,7 @@ def unform_heads(
     given = _Given(product, lower, up, norms, cos, sin, heads, gates)
     places = [gradient.contiguous() for gradient in gradients] + [product.new_empty(0)] * (3 - count)
     rest = given.lower.shape[-1] - given.first_gate - gates - count * rank
-    with torch.cuda.device(product.device) if product.is_cuda else contextlib.nullcontext():
+    with torch.cuda.device_of(product):
         _unform[given.grid](
             *places, product.new_empty(0) if of_gates is None else of_gates.contiguous(), before, scales, *given.norms,
             *given.tables, given.product, given.lower, *given.numbers,

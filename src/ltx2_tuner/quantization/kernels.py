@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -92,14 +93,27 @@ def expand_nf4(codes: Tensor, scale: Tensor, codebook: Tensor, dtype: torch.dtyp
 @functools.cache
 def available() -> bool:
     """Whether the kernels compile here and agree with torch."""
-    if triton is None or not torch.cuda.is_available():
-        return False
+    return kernels_work(_agree, "stored weights are expanded by torch")
+
+
+def _agree() -> bool:
     codes = torch.arange(256, dtype=torch.uint8, device="cuda").view(16, 16)
     scale = torch.full((16, 1), 0.5, device="cuda")
-    try:
-        found = expand_fp8(codes.view(torch.float8_e4m3fn), scale, torch.float32)
-        works = torch.equal(found.nan_to_num(), (codes.view(torch.float8_e4m3fn).float() * scale).nan_to_num())
-    except Exception as error:  # no C compiler, an unknown GPU...: the plain code does the same
-        logger.info("no Triton kernels here (%s); stored weights are expanded by torch", str(error).splitlines()[:1])
+    found = expand_fp8(codes.view(torch.float8_e4m3fn), scale, torch.float32)
+    return torch.equal(found.nan_to_num(), (codes.view(torch.float8_e4m3fn).float() * scale).nan_to_num())
+
+
+def kernels_work(agree: Callable[[], bool], instead: str) -> bool:
+    """Whether there is a GPU with Triton on which some kernels compile and give what they should.
+
+    Args:
+        agree: runs them and compares.
+        instead: what is done without them, for the log.
+    """
+    if triton is None or not torch.cuda.is_available():
         return False
-    return works
+    try:
+        return agree()
+    except Exception as error:  # no C compiler, an unknown GPU...: plain operations do the same
+        logger.info("no Triton kernels here (%s); %s", str(error).splitlines()[:1], instead)
+        return False

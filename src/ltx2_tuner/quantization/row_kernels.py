@@ -8,21 +8,19 @@ the scale is a product with its inverse, and tanh comes from an exponential.
 from __future__ import annotations
 
 import functools
-import logging
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ltx2_tuner.quantization import fp8
+from ltx2_tuner.quantization.kernels import kernels_work
 
 try:
     import triton
     import triton.language as tl
 except ImportError:
     triton = None
-
-logger = logging.getLogger(__name__)
 
 CODES = torch.float8_e4m3fn
 WIDEST = 32768  # values of a row; of more, a program would have to put some aside
@@ -119,8 +117,10 @@ def _launch(kernel: object, *inputs: Tensor | None, **flags: bool) -> tuple[Tens
 @functools.cache
 def available() -> bool:
     """Whether the kernels compile here and agree with torch."""
-    if triton is None or not torch.cuda.is_available():
-        return False
+    return kernels_work(_all_agree, "hidden rows are quantised by torch")
+
+
+def _all_agree() -> bool:
     generator = torch.Generator("cuda").manual_seed(0)
     pre, gradient = (torch.randn(8, 96, device="cuda", generator=generator).bfloat16() * 3 for _ in range(2))
     bias, factor = pre[0] / 2, gradient[1].float().abs()
@@ -128,11 +128,7 @@ def available() -> bool:
         (gelu_rows, plain_gelu_rows, (pre, bias)),
         (gelu_gradient_rows, plain_gelu_gradient_rows, (gradient, pre, bias, factor)),
     )
-    try:
-        return all(_agree(kernel(*given), plain(*given)) for kernel, plain, given in calls)
-    except Exception as error:  # no C compiler, a GPU without fp8...: the plain code does the same
-        logger.info("no Triton kernels for fp8 rows here (%s)", str(error).splitlines()[:1])
-        return False
+    return all(_agree(kernel(*given), plain(*given)) for kernel, plain, given in calls)
 
 
 def _agree(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> bool:
