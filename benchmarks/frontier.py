@@ -27,20 +27,19 @@ import torch
 from benchmarks import train_step
 from ltx2_tuner.cli.allocator import keep_memory_in_one_piece
 from ltx2_tuner.devices import exact
-from ltx2_tuner.memory.graphs import WARM_UP
 from ltx2_tuner.memory.options import MemoryOptions
 from ltx2_tuner.memory.planner import Plan, settle
 from ltx2_tuner.memory.prepare import rearrange
 from ltx2_tuner.memory.speed import measure_speed
 from ltx2_tuner.training.footprint import spare_host_memory
-from ltx2_tuner.training.rehearsal import MORE_ROOM, crowded
+from ltx2_tuner.training.rehearsal import MORE_ROOM, PASSES, crowded
 
 logger = logging.getLogger(__name__)
 
 GB = 1e9
 GIB = 2**30
 CONTEXT = 0.5e9  # bytes that CUDA itself takes, outside of the allocator's limit
-PASSES = WARM_UP + 1  # it is recorded in the last of them, or refused
+NO_ROOM = "it leaves no room for recorded passes"
 COLOURS = {"bf16": (31, 119, 180), "fp8": (214, 90, 20), "fp8_compute": (140, 30, 120), "nf4": (30, 130, 60)}
 
 
@@ -107,9 +106,8 @@ class Frontier:
                 return line
             logger.info("%g GB: gave up %s: %s", budget_gb, _named(plan), result)
             failures += 1
-            by = MORE_ROOM if self.step is not None and crowded(self.step.graphs, plan) else 0
             self._forget()
-            plan = plan.tighter(by)
+            plan = plan.tighter(MORE_ROOM if result == NO_ROOM else 0.0)
         return _line(self.args, budget_gb, None, None, failures)
 
     def _attempt(self, plan: Plan) -> float | str:
@@ -121,7 +119,7 @@ class Frontier:
                 self.step()
             # As in the trainer's rehearsal, a pass that there was no room to record does not count as fitting.
             if crowded(self.step.graphs, plan):
-                return "it leaves no room for recorded passes"
+                return NO_ROOM
             return train_step.measure(self.step, self.device, passes)
         except torch.OutOfMemoryError as error:
             return str(error).partition("\n")[0]

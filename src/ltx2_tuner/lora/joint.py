@@ -100,11 +100,12 @@ class JointLinear:
     def __call__(self, x: Tensor) -> tuple[tuple[Tensor, ...], Tensor | None]:
         """x (..., in) -> the output (..., out) of each layer, and of the gates."""
         layers = [getattr(self.parent, name) for name in self.names]
-        if self._stacks(layers, x):
+        adds_group = self._adds_group(layers)
+        if adds_group and self._stacks(x):
             return self._stacked(x.to(self.stack.weight.dtype))
         gates = None if self.gates is None else self.gates(x)
         outputs = self._frozen(x)
-        if self._adds_group(layers):
+        if adds_group:
             return self.group.add(x, outputs), gates
         return tuple(_add_adapters(layer, x, out) for layer, out in zip(layers, outputs)), gates
 
@@ -122,7 +123,7 @@ class JointLinear:
         """
         if not (self.forms_heads and torch.compiler.is_compiling()):
             return None
-        if not self._stacks([getattr(self.parent, name) for name in self.names], x):
+        if not (self._adds_group([getattr(self.parent, name) for name in self.names]) and self._stacks(x)):
             return None
         up, whole = self.group.copies.up, self.holds_outputs
         if not heads.suits(x, up.shape[1], attention.heads, rope):
@@ -144,10 +145,8 @@ class JointLinear:
         outputs = [part.unflatten(-1, (attention.heads, -1)) for part in formed[: up.shape[0]]]
         return outputs, formed[3] if gates else None
 
-    def _stacks(self, layers: Sequence[nn.Module], x: Tensor) -> bool:
-        """Whether this pass multiplies with the group's matrices as rows of one matrix."""
-        if not self._adds_group(layers):
-            return False
+    def _stacks(self, x: Tensor) -> bool:
+        """Whether a pass that adds the group multiplies with its matrices as rows of one matrix."""
         return self.group.copies.stacked and product_dtype(x) == self.stack.weight.dtype
 
     def _stacked(self, x: Tensor) -> tuple[tuple[Tensor, ...], Tensor | None]:

@@ -19,7 +19,7 @@ from ltx2_tuner.quantization import fp8, row_kernels
 from ltx2_tuner.quantization.expand import FP8
 from ltx2_tuner.quantization.frozen import Fp8Linear, product_dtype
 from ltx2_tuner.quantization.operators import operator
-from ltx2_tuner.quantization.products import add_bias, fp8_product_of_outputs
+from ltx2_tuner.quantization.products import add_bias, fp8_input_gradient, fp8_product, fp8_product_of_outputs
 
 
 def fuse_feed_forwards(feed_forwards: Iterable[nn.Module]) -> None:
@@ -92,9 +92,8 @@ def _fp8_feed_forward(
 
     The latter is for the backward pass and has no gradient. Layers as `products.fp8_product` takes them.
     """
-    kind = FP8[stored]
-    pre = fp8.product(*fp8.quantise_rows(x.reshape(-1, x.shape[-1])), codes.view(kind), scale, x.dtype)
-    y = fp8.product(*fp8_gelu_rows(pre, bias), second_codes.view(kind), second_scale, x.dtype)
+    pre = fp8_product(x.reshape(-1, x.shape[-1]), codes, scale, stored)
+    y = fp8.product(*fp8_gelu_rows(pre, bias), second_codes.view(FP8[stored]), second_scale, x.dtype)
     return y.view(*x.shape[:-1], second_codes.shape[0]), pre
 
 
@@ -107,11 +106,10 @@ def _setup(ctx, inputs, output):
 
 def _backward(ctx, gradient, _):
     pre, codes, scale, transposed, bias, second_codes, second_scale, second_transposed = ctx.saved_tensors
-    dtype, stored = gradient.dtype, ctx.stored
-    rows = fp8.quantise_rows(gradient.reshape(-1, gradient.shape[-1]).float() * second_scale.t())
-    hidden = fp8_product_of_outputs(*rows, second_codes, second_transposed, stored, dtype)
-    rows = fp8_gelu_gradient_rows(hidden, pre, bias, scale)
-    x = fp8_product_of_outputs(*rows, codes, transposed, stored, dtype)
+    rows = gradient.reshape(-1, gradient.shape[-1])
+    of_hidden = fp8_input_gradient(rows, second_codes, second_scale, second_transposed, ctx.stored)
+    of_pre = fp8_gelu_gradient_rows(of_hidden, pre, bias, scale)
+    x = fp8_product_of_outputs(*of_pre, codes, transposed, ctx.stored, gradient.dtype)
     return x.view(*gradient.shape[:-1], codes.shape[1]), *[None] * 8
 
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from ltx2_tuner.memory.graphs import TrainingGraphs
+from ltx2_tuner.memory.graphs import WARM_UP, TrainingGraphs
 from ltx2_tuner.memory.host_blocks import HostBlocks
 from ltx2_tuner.memory.options import CompileOptions, MemoryOptions
 from ltx2_tuner.memory.planner import Plan
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 _STEPS = 4
 MORE_ROOM = 3 << 28  # bytes
 _NO_ROOM = "it leaves no room for recorded passes, which are much faster"
-_PASSES = 3  # what is recorded as a CUDA graph is recorded in the third pass
+PASSES = WARM_UP + 1  # what is recorded as a CUDA graph is recorded in the last of them, or refused
 _GIB = 2**30
 
 
@@ -140,7 +140,7 @@ def _attempt(trainer: Trainer, batch: dict, arrangement: Arrangement, optimizer:
     device, accumulates = trainer.run.device, trainer.run.loop.accumulation > 1
     try:
         with _optimizer_state(trainer, optimizer):
-            for _ in range(_PASSES if arrangement.graphs is not None else 1 + accumulates):
+            for _ in range(PASSES if arrangement.graphs is not None else 1 + accumulates):
                 trainer.rehearse(batch)
                 if not accumulates:  # else the gradients of a step's first pass are there during its second
                     trainer.run.optimizer.zero_grad(set_to_none=True)

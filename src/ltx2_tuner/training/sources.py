@@ -15,7 +15,6 @@ from ltx2_tuner.checkpoint.precision import check as check_precision
 from ltx2_tuner.data.batches import BatchOptions, TrainingData, ValidationData
 from ltx2_tuner.data.config import DatasetConfig
 from ltx2_tuner.data.fingerprints import ExpectedCaches, check_caches
-from ltx2_tuner.devices import exact
 from ltx2_tuner.errors import UserError
 from ltx2_tuner.lora.options import NetworkOptions
 from ltx2_tuner.memory.options import CompileOptions, MemoryOptions
@@ -57,9 +56,6 @@ class Processes:
     count: int = 1
     wait: Callable[[], None] = lambda: None
     peers: Peers = field(default_factory=Peers)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "device", exact(self.device))
 
     @property
     def is_main(self) -> bool:
