@@ -67,10 +67,10 @@ if triton is not None:
 
     @triton.jit
     def _form(
-        product, lower, added, bias, lower_bias, norm0, norm1, cos, sin, out0, out1, out2, before, scales, gates,
-        tokens, product_stride, lower_stride, first_gate, table_rows, strength, eps,
+        product, lower, added, bias, lower_bias, norm0, norm1, cos, sin, out0, out1, out2, before, scales, hidden,
+        gates, tokens, product_stride, lower_stride, first_gate, first_hidden, table_rows, strength, eps,
         N: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, NORMED: tl.constexpr, GATES: tl.constexpr,
-        G: tl.constexpr, BIAS: tl.constexpr, ROPE: tl.constexpr,
+        HIDDEN: tl.constexpr, G: tl.constexpr, H: tl.constexpr, BIAS: tl.constexpr, ROPE: tl.constexpr,
     ):  # fmt: skip
         row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
         one, real = _channels(N, HALF, BLOCK)
@@ -97,8 +97,11 @@ if triton is not None:
             if ROPE:
                 a, b = _turned(a, b, cos, sin, (row % table_rows) * (N // 2), 1.0, N, BLOCK)
         _store_halves(out + row * N, a.to(kind), b.to(kind), one, real, HALF)
-        if GATES > 0:  # noqa: SIM102 (settled when it compiles, the other one when it runs)
-            if part == 0:
+        if part == 0:
+            column = tl.arange(0, H)
+            kept = tl.load(lower + row * lower_stride + first_hidden + column, mask=column < HIDDEN, other=0.0)
+            tl.store(hidden + row * HIDDEN + column, kept, mask=column < HIDDEN)
+            if GATES > 0:
                 gate = tl.arange(0, G)
                 value = tl.load(lower + row * lower_stride + first_gate + gate, mask=gate < GATES, other=0.0)
                 value = value.to(tl.float32)
@@ -109,7 +112,7 @@ if triton is not None:
     @triton.jit
     def _unform(
         grad0, grad1, grad2, of_gates, before, scales, norm0, norm1, cos, sin, result, lower_result,
-        tokens, product_stride, lower_stride, first_gate, table_rows,
+        tokens, product_stride, lower_stride, first_gate, first_hidden, table_rows,
         N: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, NORMED: tl.constexpr, GATES: tl.constexpr,
         REST: tl.constexpr, G: tl.constexpr, ROPE: tl.constexpr,
     ):  # fmt: skip
@@ -244,13 +247,13 @@ def _form_heads(
     given = _Given(product, lower, up, norms, cos, sin, heads, gates)
     made = _fake(product, lower, bias, lower_bias, up, norms, cos, sin, heads, gates, strength, eps)
     *results, before, scales, hidden = made
-    hidden.copy_(given.hidden)
-    added = torch.bmm(hidden.unflatten(1, (up.shape[0], -1)).transpose(0, 1), up.transpose(1, 2))  # (c, B * T, n)
+    added = torch.bmm(given.hidden.unflatten(1, (up.shape[0], -1)).transpose(0, 1), up.transpose(1, 2))  # (c, B * T, n)
     with torch.cuda.device_of(product):
         _form[given.grid](
             given.product, given.lower, added, bias, bias if lower is None else lower_bias, *given.norms,
-            *given.tables, *results[:3], before, scales, results[3], *given.numbers, strength, eps,
-            BIAS=bias is not None, G=triton.next_power_of_2(max(gates, 1)), **given.constants,
+            *given.tables, *results[:3], before, scales, hidden, results[3], *given.numbers, strength, eps,
+            BIAS=bias is not None, G=triton.next_power_of_2(max(gates, 1)), HIDDEN=hidden.shape[1],
+            H=triton.next_power_of_2(hidden.shape[1]), **given.constants,
         )  # fmt: skip
     return made
 
@@ -294,7 +297,7 @@ def unform_heads(
     lower = gradients[0].new_empty(*shape, lower_width) if lower_width else None
     given = _Given(product, lower, up, norms, cos, sin, heads, gates)
     places = [gradient.contiguous() for gradient in gradients] + [product.new_empty(0)] * (3 - count)
-    rest = given.lower.shape[-1] - given.first_gate - gates - count * rank
+    rest = given.first_hidden - given.first_gate - gates
     with torch.cuda.device_of(product):
         _unform[given.grid](
             *places, product.new_empty(0) if of_gates is None else of_gates.contiguous(), before, scales, *given.norms,
@@ -327,13 +330,15 @@ class _Given:
         count, width, rank = up.shape
         self.product = product.view(-1, product.shape[-1])
         self.lower = self.product if lower is None else lower.view(-1, lower.shape[-1])
-        self.hidden = self.lower[:, self.lower.shape[1] - count * rank :]
         self.first_gate = count * width if lower is None else 0
+        self.first_hidden = self.lower.shape[1] - count * rank
+        self.hidden = self.lower[:, self.first_hidden :]
         self.norms = (norms[0], norms[-1])
         self.tables = (product, product) if cos is None else (cos.contiguous(), sin.contiguous())
         table_rows = 1 if cos is None else cos.shape[0] * cos.shape[1]
         tokens = self.product.shape[0]
-        self.numbers = (tokens, self.product.stride(0), self.lower.stride(0), self.first_gate, table_rows)
+        columns = self.product.stride(0), self.lower.stride(0), self.first_gate, self.first_hidden
+        self.numbers = (tokens, *columns, table_rows)
         self.grid = (tokens, count)
         self.constants = {
             "N": width,
