@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 
@@ -134,3 +136,60 @@ def test_released_recordings_are_made_again() -> None:
     for pair in zip(gradients(model, network, streams), before):
         torch.testing.assert_close(*pair, rtol=1e-5, atol=1e-6)
     assert len(graphs.recordings) == 1
+
+
+def test_removed_recordings_leave_nothing_on_the_device() -> None:
+    """Nor what cuBLAS keeps for their streams: rehearsals record one plan after the other."""
+    model, network = adapted()
+    streams = {name: tiny.to(modality, "cuda") for name, modality in tiny.inputs(model.config).items()}
+    plan = prepare_model(model, MemoryOptions(), CompileOptions(), torch.device("cuda"))
+    left = []
+    for _ in range(3):
+        graphs = accelerate(model, network, plan, torch.float32)
+        for _ in range(4):
+            gradients(model, network, streams)
+        assert len(graphs.recordings) == 1
+        network.zero_grad(set_to_none=True)
+        graphs.remove()
+        del graphs
+        gc.collect()
+        left.append(torch.cuda.memory_allocated())
+    assert left[2] - left[0] < 2**20
+
+
+@pytest.mark.parametrize("failure", ["memory", "error", "invalid"])
+def test_a_capture_that_fails_leaves_a_model_that_trains(failure: str) -> None:
+    model, network = adapted()
+    batches = [
+        {name: tiny.to(modality, "cuda") for name, modality in tiny.inputs(model.config, batch=size).items()}
+        for size in (2, 1)
+    ]
+    expected = [gradients(model, network, batch) for batch in batches]
+    plan = prepare_model(model, MemoryOptions(), CompileOptions(), torch.device("cuda"))
+    graphs = accelerate(model, network, plan, torch.float32)
+    broken = model.transformer_blocks[1]
+    part = broken.close_video
+
+    def failing(*arguments: object, **keywords: object) -> torch.Tensor:
+        if torch.cuda.is_current_stream_capturing():
+            if failure == "memory":
+                raise torch.OutOfMemoryError("no more of it")
+            if failure == "invalid":
+                torch.cuda.synchronize()  # ends all capturing
+            raise RuntimeError("cannot be recorded")
+        return part(*arguments, **keywords)
+
+    broken.close_video = failing
+    for _ in range(5):
+        check(gradients(model, network, batches[0]), expected[0])
+    assert not graphs.recordings and torch.cuda.current_stream() == torch.cuda.default_stream()
+    assert bool(graphs.refused) == (failure == "memory") == (graphs.pool is not None)
+    broken.close_video = part
+    for _ in range(4):
+        check(gradients(model, network, batches[1]), expected[1])
+    assert len(graphs.recordings) == (failure == "memory")
+
+
+def check(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    for pair in zip(found, expected):
+        torch.testing.assert_close(*pair, rtol=1e-3, atol=1e-4)

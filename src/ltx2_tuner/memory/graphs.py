@@ -53,16 +53,24 @@ class Copies(Protocol):
 
 
 @dataclass
-class _Recording:
-    """A recorded pass, the tensors it reads and writes, and the ring's states before, between and after its halves."""
+class _Half:
+    """The forward or the backward pass, and the ring's states before and after it."""
 
-    inputs: Streams
+    graph: torch.cuda.CUDAGraph
+    before: RingState | None
+    after: RingState | None = None
+
+
+@dataclass
+class _Recording:
+    """A recorded pass, and the tensors it reads and writes."""
+
+    inputs: list[Tensor]
     velocities: Velocities = (None, None)
     gradients: Velocities = (None, None)  # of the velocities
     found: dict[nn.Parameter, Tensor] = field(default_factory=dict)  # gradients that the pass leaves
-    ring: list[RingState] = field(default_factory=list)
-    forward: torch.cuda.CUDAGraph = field(default_factory=torch.cuda.CUDAGraph)
-    backward: torch.cuda.CUDAGraph = field(default_factory=torch.cuda.CUDAGraph)
+    forward: _Half | None = None
+    backward: _Half | None = None
 
 
 class _Pass:
@@ -100,6 +108,7 @@ class TrainingGraphs:
         self.runner = model.block_runner
         self.recordings: dict[Hashable, _Recording] = {}
         self.grads: dict[nn.Parameter, Tensor] = {}  # of the pass replayed last, in one flat tensor for all shapes
+        self.left: dict[nn.Parameter, Tensor] = {}  # those among them that parameters may hold
         self.seen: dict[Hashable, int] = {}
         self.refused: set[Hashable] = set()
         self.pool = torch.cuda.graph_pool_handle()
@@ -121,14 +130,13 @@ class TrainingGraphs:
 
     def release(self) -> None:
         """Give back the memory of all recordings; passes are recorded anew when their shapes come again."""
-        if not self.recordings:
-            return
         self.recordings.clear()
-        self.grads = {}
+        self.grads, self.left = {}, {}
         self.held = 0
         if self.pool is not None:
             self.pool = torch.cuda.graph_pool_handle()
         torch.cuda.synchronize()
+        _free_workspaces()
         torch.cuda.empty_cache()
 
     def __call__(
@@ -143,7 +151,6 @@ class TrainingGraphs:
             if not warm or key in self.refused or not self._record(key, (video, audio)):
                 self._make_room()
                 return self.eager(video, audio)
-        self._keep_gradients()
         token = _Pass()
         self.unfinished = weakref.ref(token)
         results = iter(_Replay.apply(self.anchor, self, self.recordings[key], token, *_tensors((video, audio))))
@@ -185,7 +192,7 @@ class TrainingGraphs:
 
     def _record(self, key: Hashable, streams: Streams) -> bool:
         """Record a pass; False (and never again for this shape) where memory is short."""
-        self._keep_gradients()
+        self.keep_gradients()
         gc.collect()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # the passes run so far hold memory of their own that the recording will need
@@ -242,84 +249,83 @@ class TrainingGraphs:
         """
         self._clean_up()
         for _ in range(2):
-            self.replay(recording, 0)
+            self.replay(recording.forward)
             present = [velocity for velocity in recording.velocities if velocity is not None]
             count = len(present)
             agree = [_agree(present, expected[:count])]
             for gradient, velocity in zip((g for g in recording.gradients if g is not None), present):
                 gradient.copy_(velocity)
-            self.replay(recording, 1)
+            self.replay(recording.backward)
             agree.append(_agree(list(recording.found.values()), expected[count:]))
             if not all(agree):
                 raise RuntimeError("a recorded pass gave other numbers than the same pass unrecorded")
 
     def _recorded(self, streams: Streams, leaves: list[Tensor]) -> _Recording:
-        recording = _Recording(tuple(None if modality is None else _copied(modality) for modality in streams))
-        if self.store is not None:
-            recording.ring.append(self.store.state())
+        copies = tuple(None if modality is None else _copied(modality) for modality in streams)
+        recording = _Recording(_tensors(copies))
         if self.streams == 2 and self.store is not None:
             self.store.run = self.two_streams
         elif self.streams == 2:
             self.model.block_runner = self.two_streams
-        with self._recording_into(recording.forward, recording):
-            velocities = self.eager(*recording.inputs)
+        with self._recording_half() as recording.forward:
+            velocities = self.eager(*copies)
         present = [velocity for velocity in velocities if velocity is not None]
         recording.velocities = tuple(None if velocity is None else velocity.detach() for velocity in velocities)
         gradients = [torch.zeros_like(velocity) for velocity in present]
         waiting = iter(gradients)
         recording.gradients = tuple(None if velocity is None else next(waiting) for velocity in velocities)
-        with self._recording_into(recording.backward, recording):
+        with self._recording_half() as recording.backward:
             found = torch.autograd.grad(present, leaves, gradients, allow_unused=True)
             pairs = self.copies.of_masters(found)
             # Made when the activations are gone, in their memory.
-            self.grads = self.grads or self._gradients()
+            self.grads = self.grads or dict(zip(self.parameters, _beside_each_other(self.parameters)))
             recording.found = {parameter: self.grads[parameter] for parameter, _ in pairs}
-            torch._foreach_copy_(list(recording.found.values()), [gradient for _, gradient in pairs])
+            _copy_all(list(recording.found.values()), [gradient for _, gradient in pairs])
         return recording
 
-    def _gradients(self) -> dict[nn.Parameter, Tensor]:
-        """A tensor for the gradient of each parameter, side by side."""
-        first = self.parameters[0]
-        return dict(zip(self.parameters, empty([p.shape for p in self.parameters], first.dtype, first.device)))
-
     @contextlib.contextmanager
-    def _recording_into(self, graph: torch.cuda.CUDAGraph, recording: _Recording) -> Iterator[None]:
-        # Other threads (data loading) may allocate pinned memory meanwhile, hence thread_local.
+    def _recording_half(self) -> Iterator[_Half]:
         main, side = self.main, self.two_streams.side
-        with torch.cuda.graph(graph, pool=self.pool, stream=main, capture_error_mode="thread_local"):
+        half = _Half(torch.cuda.CUDAGraph(), self._ring())
+        # Other threads (data loading) may allocate pinned memory meanwhile, hence thread_local.
+        capture = torch.cuda.graph(half.graph, pool=self.pool, stream=main, capture_error_mode="thread_local")
+        with torch.cuda.stream(main), capture:  # a capture that fails to end leaves its stream the current one
             side.wait_stream(main)
-            ring = contextlib.nullcontext()
-            if self.store is not None:
-                ring = self.store.recording(recording.ring[-1], main, side)
             try:
-                with ring:
-                    yield
+                with contextlib.nullcontext() if half.before is None else self.store.recording(half.before, main, side):
+                    yield half
             finally:  # also when something failed: a recording ends properly only with all streams back
                 main.wait_stream(side)
-        if self.store is not None:
-            recording.ring.append(self.store.state())
+        half.after = self._ring()
 
-    def _keep_gradients(self) -> None:
+    def _ring(self) -> RingState | None:
+        return None if self.store is None else self.store.state()
+
+    def keep_gradients(self) -> None:
         """Copy gradients of an earlier pass of this step out of the memory that is about to be overwritten."""
-        for parameter, gradient in self.grads.items():
-            if parameter.grad is gradient:
-                parameter.grad = gradient.clone()
+        held = [parameter for parameter, gradient in self.left.items() if parameter.grad is gradient]
+        self.left = {}
+        if held:
+            copies = _beside_each_other(held)
+            _copy_all(copies, [parameter.grad for parameter in held])
+            for parameter, gradient in zip(held, copies):
+                parameter.grad = gradient
 
-    def replay(self, recording: _Recording, half: int) -> None:
-        """The forward (0) or backward (1) pass of a recording."""
-        graph = recording.backward if half else recording.forward
+    def replay(self, half: _Half) -> None:
+        """The forward or backward pass of a recording."""
         if self.store is None:
-            graph.replay()
+            half.graph.replay()
         else:
-            self.store.replay(recording.ring[half], recording.ring[half + 1], graph)
+            self.store.replay(half.before, half.after, half.graph)
 
     def deposit(self, recording: _Recording, gradients: Sequence[Tensor | None]) -> None:
         """Replay the backward pass of the velocities' gradients and add what it finds to `parameter.grad`."""
         for static, gradient in zip(recording.gradients, gradients):
             if static is not None:
                 static.zero_() if gradient is None else static.copy_(gradient)
-        self._keep_gradients()
-        self.replay(recording, 1)
+        self.keep_gradients()
+        self.replay(recording.backward)
+        self.left = recording.found
         held = [p for p in recording.found if p.grad is not None]
         if held:
             torch._foreach_add_([p.grad for p in held], [recording.found[p] for p in held])
@@ -352,8 +358,9 @@ class _Replay(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, anchor: Tensor, graphs: TrainingGraphs, recording: _Recording, token: _Pass, *tensors: Tensor):
-        torch._foreach_copy_(_tensors(recording.inputs), list(tensors))
-        graphs.replay(recording, 0)
+        _copy_all(recording.inputs, tensors)
+        graphs.keep_gradients()  # while the GPU copies
+        graphs.replay(recording.forward)
         ctx.graphs, ctx.recording, ctx.token = graphs, recording, token
         ctx.set_materialize_grads(False)
         return tuple(velocity.clone() for velocity in recording.velocities if velocity is not None)
@@ -364,7 +371,36 @@ class _Replay(torch.autograd.Function):
         aligned = [None if velocity is None else next(waiting) for velocity in ctx.recording.velocities]
         ctx.graphs.deposit(ctx.recording, aligned)
         ctx.token = None
-        return (None,) * (4 + len(_tensors(ctx.recording.inputs)))
+        return (None,) * (4 + len(ctx.recording.inputs))
+
+
+def _free_workspaces() -> None:
+    """Free what cuBLAS works in: torch keeps 32 MiB for each thread and stream, and those of a recording are of no use.
+
+    They would also keep the memory of recordings from being given back.
+    """
+    getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)()
+
+
+def _copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copy tensors onto others of their shapes, with few kernels.
+
+    One kernel copies many tensors, but only where all have the same dtypes and each lies as its copy does: a single one
+    that differs has a call copy them one by one.
+    """
+    alike: dict[Hashable, tuple[list[Tensor], list[Tensor]]] = {}
+    for target, source in zip(targets, sources):
+        key = (target.dtype, source.dtype, target.stride() == source.stride())
+        for group, tensor in zip(alike.setdefault(key, ([], [])), (target, source)):
+            group.append(tensor)
+    for group in alike.values():
+        torch._foreach_copy_(*group)
+
+
+def _beside_each_other(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    """A tensor for the gradient of each parameter."""
+    first = parameters[0]
+    return empty([parameter.shape for parameter in parameters], first.dtype, first.device)
 
 
 def _tensors(streams: Streams) -> list[Tensor]:

@@ -149,10 +149,10 @@ class BlockStore:
         try:
             yield
         finally:
-            readers[0].wait_stream(self._copies)
             self._readers = ()
             for slot in self._slots:
                 slot.ready = None  # recorded events mean nothing outside
+            readers[0].wait_stream(self._copies)  # fails where the recording did
 
     def state(self) -> RingState:
         """Of the ring as it is now."""

@@ -1,0 +1,169 @@
+"""How passes are recorded and replayed, with CUDA's part played on the CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ltx2_tuner.lora import LoRANetwork
+from ltx2_tuner.lora.joint import join_adapters
+from ltx2_tuner.memory.graphs import WARM_UP, TrainingGraphs, _copy_all
+from ltx2_tuner.memory.streaming import BlockStore, streamed_indices
+from ltx2_tuner.models.transformer import LTXTransformer
+from ltx2_tuner.models.transformer.model import run_block
+from tests.memory import blocks
+from tests.memory.paper import Paper
+from tests.models.transformer import tiny
+
+
+@pytest.fixture
+def paper(monkeypatch: pytest.MonkeyPatch) -> Paper:
+    return Paper(monkeypatch)
+
+
+def recorder(streams: int = 2, streamed: int = 0) -> tuple[LTXTransformer, LoRANetwork, TrainingGraphs]:
+    model, network = blocks.adapted("dense")
+    if streamed:
+        indices = streamed_indices(blocks.BLOCKS, streamed)
+        model.block_runner = BlockStore(model.transformer_blocks, indices, torch.device("cpu"))
+        model.block_runner._copies = torch.cuda.Stream()
+    copies = join_adapters(model, network, torch.float32, streamed=bool(streamed))
+    return model, network, TrainingGraphs(model, list(network.parameters()), lambda: None, copies, streams)
+
+
+def results(model: LTXTransformer, network: LoRANetwork, seed: int, passes: int = 1) -> list[Tensor]:
+    """The velocities of a batch, and the gradients of as many passes."""
+    network.zero_grad(set_to_none=True)
+    for _ in range(passes):
+        velocities = model(**tiny.inputs(model.config, seed=seed))
+        sum(velocity.square().mean() for velocity in velocities).backward()
+    return [velocity.detach() for velocity in velocities] + [p.grad.clone() for p in network.parameters()]
+
+
+def warm_up(model: LTXTransformer, network: LoRANetwork) -> None:
+    for seed in range(WARM_UP):
+        results(model, network, seed)
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("streams", [1, 2])
+@pytest.mark.parametrize("streamed", [0, 1, blocks.BLOCKS - 1])
+def test_recorded_passes_give_what_unrecorded_ones_give(
+    paper: Paper, streamed: int, streams: int, recompute: bool
+) -> None:
+    model, network = blocks.adapted("dense")
+    expected = {(seed, passes): results(model, network, seed, passes) for seed in (7, 8) for passes in (1, 3)}
+    model, network, graphs = recorder(streams, streamed)
+    model.enable_gradient_checkpointing(recompute)
+    warm_up(model, network)
+    for (seed, passes), wanted in expected.items():
+        for pair in zip(results(model, network, seed, passes), wanted):
+            torch.testing.assert_close(*pair)
+        with torch.no_grad():  # leaves other blocks in the ring
+            model(**tiny.inputs(model.config))
+    (recording,) = graphs.recordings.values()
+    assert paper.launched[-2:] == [recording.forward.graph, recording.backward.graph]
+    assert recording.forward.after == recording.backward.before
+
+
+def test_gradients_are_kept_before_their_memory_is_overwritten(paper: Paper) -> None:
+    model, network, graphs = recorder()
+    single = results(model, network, seed=7)[2:]
+    warm_up(model, network)
+    (recording,) = graphs.recordings.values()
+    overwrite = torch.ops.aten.fill_.Scalar  # as activations do on the device
+    recording.forward.graph.calls[:0] = [(overwrite, (grad, torch.nan), {}, grad) for grad in graphs.grads.values()]
+    for actual, wanted in zip(results(model, network, seed=7, passes=3)[2:], single):
+        torch.testing.assert_close(actual, 3 * wanted)
+
+
+@pytest.mark.parametrize("failure", ["memory", "error", "invalid"])
+@pytest.mark.parametrize("place", ["open_audio", "close_video"])
+@pytest.mark.parametrize("block", [0, 2])
+@pytest.mark.parametrize("streamed", [0, blocks.BLOCKS - 1])
+def test_a_capture_that_fails_leaves_a_model_that_trains(
+    paper: Paper, failure: str, place: str, block: int, streamed: int
+) -> None:
+    model, network = blocks.adapted("dense")
+    expected = results(model, network, seed=7)
+    model, network, graphs = recorder(streamed=streamed)
+    part = getattr(model.transformer_blocks[block], place)
+    captures = []
+
+    def failing(*arguments: object, **keywords: object) -> Tensor:
+        if paper.graph is not None:
+            captures.append(paper.graph)
+            if failure == "invalid":
+                torch.cuda.synchronize()
+            raise (torch.OutOfMemoryError if failure == "memory" else RuntimeError)("no more of it")
+        return part(*arguments, **keywords)
+
+    setattr(model.transformer_blocks[block], place, failing)
+    warm_up(model, network)
+    for _ in range(2):
+        for pair in zip(results(model, network, seed=7), expected):
+            torch.testing.assert_close(*pair)
+    assert len(captures) == 1 and not graphs.recordings and not paper.launched
+    assert paper.graph is None and paper.current is paper.default
+    assert model.block_runner is graphs.runner and not graphs.two_streams.kept
+    assert bool(graphs.refused) == (failure == "memory") == (graphs.pool is not None)
+    if streamed:
+        assert graphs.store.run is run_block and graphs.store._computing() == (paper.default,)
+
+
+@pytest.mark.parametrize("capture", [0, 1])
+def test_a_capture_that_cannot_end_leaves_a_model_that_trains(
+    paper: Paper, monkeypatch: pytest.MonkeyPatch, capture: int
+) -> None:
+    model, network, graphs = recorder()
+    expected = results(model, network, seed=7)
+    make, made = torch.cuda.CUDAGraph, []
+
+    def unending() -> object:
+        graph = make()
+        made.append(graph)
+        if len(made) == capture + 1:
+            end = graph.capture_end
+
+            def fail() -> None:
+                end()
+                raise RuntimeError("invalidated")
+
+            graph.capture_end = fail
+        return graph
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", unending)
+    warm_up(model, network)
+    for pair in zip(results(model, network, seed=7), expected):
+        torch.testing.assert_close(*pair)
+    assert len(made) == capture + 1 and graphs.pool is None and not graphs.grads
+    assert paper.graph is None and paper.current is paper.default and model.block_runner is run_block
+
+
+class Copies(TorchDispatchMode):
+    """Notes which tensors are copied in one call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[list[Tensor], list[Tensor]]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None) -> object:
+        if func is torch.ops.aten._foreach_copy_.default:
+            self.calls.append((list(args[0]), list(args[1])))
+        return func(*args, **(kwargs or {}))
+
+
+def test_tensors_of_a_dtype_are_copied_together() -> None:
+    shapes, dtypes = ((2, 3), (0, 4), (5,)), (torch.float32, torch.bfloat16, torch.int64, torch.bool)
+    sources = [torch.randn(shape).mul(4).to(dtype) for shape in shapes for dtype in dtypes]
+    sources += [torch.randn(3, 2).T, torch.randn(4, 1).expand(4, 6)]
+    targets = [torch.zeros(source.shape, dtype=source.dtype) for source in sources]
+    with Copies() as copies:
+        _copy_all(targets, sources)
+    assert all(torch.equal(*pair) for pair in zip(targets, sources))
+    assert len(copies.calls) == len(dtypes) + 1
+    for call in copies.calls:
+        assert len({tensor.dtype for tensor in call[0] + call[1]}) == 1
+        assert len({target.stride() == source.stride() for target, source in zip(*call)}) == 1
