@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import distributed, nn
 
-from ltx2_tuner.side_by_side import flat_of, views
+from ltx2_tuner.side_by_side import flat_of, joined, runs, views
 from ltx2_tuner.training.losses import StreamLoss
 from ltx2_tuner.training.objective import LossTerms, band_losses
 
@@ -43,6 +43,7 @@ class Gradients:
     names: list[str]
     max_norm: float
     audio_indices: list[int] = field(init=False)
+    _audio_places: tuple[list[int], torch.Tensor] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self.audio_indices = [index for index, name in enumerate(self.names) if "audio_" in name]
@@ -83,11 +84,17 @@ class Gradients:
         if not present:
             return torch.zeros(3)
         squares = torch.stack(torch._foreach_norm([grads[index] for index in present])).float().square()
-        audio = set(self.audio_indices)
-        is_audio = torch.tensor([index in audio for index in present], device=squares.device)
-        audio_square = squares[is_audio].sum() if audio else squares.new_zeros(())
+        audio_square = squares[self._audio_among(present, squares.device)].sum()
         total = squares.sum()
         return torch.stack([total, audio_square, (total - audio_square).clamp(min=0)]).sqrt()
+
+    def _audio_among(self, present: list[int], device: torch.device) -> torch.Tensor:
+        """Places of the audio parameters in a list of indices; the same tensor as long as the list is the same."""
+        if self._audio_places is None or self._audio_places[0] != present:
+            audio = set(self.audio_indices)
+            places = [place for place, index in enumerate(present) if index in audio]
+            self._audio_places = present, torch.tensor(places, dtype=torch.int64, device=device)
+        return self._audio_places[1]
 
     def clip(self, norm: torch.Tensor) -> None:
         """Scale all gradients down so that their joint norm is at most `max_norm` (0 is off)."""
@@ -95,7 +102,7 @@ class Gradients:
             return
         factor = (self.max_norm / (norm + 1e-6)).clamp(max=1.0)
         grads = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        torch._foreach_mul_(grads, factor)
+        torch._foreach_mul_([joined(grads[first:end]) for first, end in runs(grads)], factor)
 
 
 class LossScaler(torch.amp.GradScaler):
