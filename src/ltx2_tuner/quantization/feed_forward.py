@@ -15,7 +15,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from ltx2_tuner.quantization import fp8, row_kernels
+from ltx2_tuner.quantization import cublaslt, dense_feed_forward, fp8, row_kernels
 from ltx2_tuner.quantization.expand import FP8
 from ltx2_tuner.quantization.frozen import Fp8Linear, product_dtype
 from ltx2_tuner.quantization.operators import operator
@@ -29,11 +29,13 @@ def fuse_feed_forwards(feed_forwards: Iterable[nn.Module]) -> None:
         feed_forwards: with the layers as `net.0.proj`, which `net.0` puts GELU behind, and `net.2`; `multiply` is what
             they call with themselves and x.
     """
-    suited = [module for module in feed_forwards if _suits(module.net[0].proj, module.net[2])]
-    if not suited or (torch.cuda.is_available() and not row_kernels.available()):
-        return
-    for module in suited:
-        module.multiply = multiply
+    kernels = not torch.cuda.is_available() or row_kernels.available()
+    for module in feed_forwards:
+        layers = module.net[0].proj, module.net[2]
+        if kernels and _suits(*layers):
+            module.multiply = multiply
+        elif dense_feed_forward.suits(*layers) and cublaslt.available():
+            module.multiply = dense_feed_forward.multiply
 
 
 def multiply(feed_forward: nn.Module, x: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ def accelerate(
     graphs: bool = True,
     streams: int = 2,
 ) -> TrainingGraphs | None:
-    """Join the products of the built-in LoRA, fuse fp8 feed-forwards, and record training passes as CUDA graphs.
+    """Join the products of the built-in LoRA, fuse feed-forwards, and record training passes as CUDA graphs.
 
     Call it after `prepare_model`, when the network is attached, on its device and in the dtype it is trained in. Other
     network modules are left as they are: they reach into the layers that joining goes around.
