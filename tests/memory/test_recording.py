@@ -113,10 +113,12 @@ def test_a_capture_that_fails_leaves_a_model_that_trains(
         assert graphs.store.run is run_block and graphs.store._computing() == (paper.default,)
 
 
+@pytest.mark.parametrize("memory", [False, True], ids=["whole", "cut short"])
 @pytest.mark.parametrize("capture", [0, 1])
 def test_a_capture_that_cannot_end_leaves_a_model_that_trains(
-    paper: Paper, monkeypatch: pytest.MonkeyPatch, capture: int
+    paper: Paper, monkeypatch: pytest.MonkeyPatch, capture: int, memory: bool
 ) -> None:
+    """Where memory had run out before, another plan may have more."""
     model, network, graphs = recorder()
     expected = results(model, network, seed=7)
     make, made = torch.cuda.CUDAGraph, []
@@ -131,14 +133,20 @@ def test_a_capture_that_cannot_end_leaves_a_model_that_trains(
                 end()
                 raise RuntimeError("invalidated")
 
+            def run_out(*_: object) -> None:
+                raise torch.OutOfMemoryError("no more of it")
+
             graph.capture_end = fail
+            if memory:
+                monkeypatch.setattr(type(graph), "__torch_dispatch__", run_out)
         return graph
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", unending)
     warm_up(model, network)
     for pair in zip(results(model, network, seed=7), expected):
         torch.testing.assert_close(*pair)
-    assert len(made) == capture + 1 and graphs.pool is None and not graphs.grads
+    assert len(made) == capture + 1 and not graphs.grads and not graphs.recordings
+    assert bool(graphs.refused) == memory == (graphs.pool is not None)
     assert paper.graph is None and paper.current is paper.default and model.block_runner is run_block
 
 

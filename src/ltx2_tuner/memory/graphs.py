@@ -206,6 +206,7 @@ class TrainingGraphs:
             )
             self.refused.add(key)
             return False
+        failure, short = None, False
         try:
             expected = self._unrecorded(streams)
             torch.cuda.empty_cache()
@@ -214,15 +215,18 @@ class TrainingGraphs:
                 self.recordings[key] = self._recorded(streams, leaves)
             self.held += torch.cuda.memory_reserved() - before
             self._check(self.recordings[key], expected)
-        except torch.OutOfMemoryError as error:
-            logger.info("a batch shape runs without a CUDA graph: %s", str(error).splitlines()[0])
-            self.refused.add(key)
-            self.release()
         except RuntimeError as error:
             logger.debug("recording failed", exc_info=True)
-            self._give_up(str(error).splitlines()[0])
+            failure, short = str(error).partition("\n")[0], _out_of_memory(error)
         finally:
             self._clean_up()
+        # Only now: the error kept alive all that the pass had made.
+        if short:
+            logger.info("a batch shape runs without a CUDA graph: %s", failure)
+            self.refused.add(key)
+            self.release()
+        elif failure is not None:
+            self._give_up(failure)
         return key in self.recordings
 
     def _clean_up(self) -> None:
@@ -372,6 +376,13 @@ class _Replay(torch.autograd.Function):
         ctx.graphs.deposit(ctx.recording, aligned)
         ctx.token = None
         return (None,) * (4 + len(ctx.recording.inputs))
+
+
+def _out_of_memory(error: BaseException | None) -> bool:
+    """Whether that is what happened, or what came before it: a recording that is cut short may not end properly."""
+    while error is not None and not isinstance(error, torch.OutOfMemoryError):
+        error = error.__context__
+    return error is not None
 
 
 def _free_workspaces() -> None:
