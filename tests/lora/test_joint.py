@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ltx2_tuner.lora import LoRALinear, LoRANetwork, Targets, select_layers
+from ltx2_tuner.lora import LoRALinear, LoRANetwork, Targets, joint, select_layers
 from ltx2_tuner.lora.joint import join_adapters
 from ltx2_tuner.lora.working_copies import WorkingCopies
 from ltx2_tuner.memory.compilation import compile_blocks
@@ -294,6 +295,29 @@ def test_joining_anew_leaves_nothing_of_the_first_time(weights: str, masters: to
     if masters == torch.float32:
         settled = [piece.settled for piece in copies.pieces if piece.rows is not None]
         assert settled and all(settled)
+
+
+@pytest.mark.parametrize("masters", [torch.float32, torch.bfloat16])
+def test_joining_anew_holds_no_weight_twice(masters: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another plan of a rehearsal comes when memory is short."""
+    model, network = blocks.adapted("dense", dtype=torch.bfloat16)
+    network.to(masters)
+    join_adapters(model, network, torch.bfloat16)
+    expected = blocks.gradients(model, network, "cpu")
+    network.zero_grad(set_to_none=True)
+    old = StorageWeakRef(model.transformer_blocks[0].attn1.to_q.base.weight.untyped_storage())
+    expired = []
+
+    class Noting(joint.JointAttention):
+        def __init__(self, *arguments: object, **keywords: object) -> None:
+            expired.append(old.expired())
+            super().__init__(*arguments, **keywords)
+
+    monkeypatch.setattr(joint, "JointAttention", Noting)
+    join_adapters(model, network, torch.bfloat16)
+    assert not expired[0] and all(expired[1:])
+    for pair in zip(blocks.gradients(model, network, "cpu"), expected):
+        assert torch.equal(*pair)
 
 
 @pytest.mark.parametrize(

@@ -274,13 +274,17 @@ def join_adapters(
 ) -> WorkingCopies:
     """Make an attached network fast: joint projections in all attentions, working copies of its adapters.
 
-    The model's `before_blocks` makes the copies from now on. Call it once, when the weights are where they will stay.
+    The model's `before_blocks` makes the copies from now on. Call it when the weights are where they will stay, and
+    again when they are elsewhere: copies made before are of no use then.
 
     Args:
         dtype: what adapters multiply in.
         stays: False where the whole model leaves the device at times: only adapters are joined.
         streamed: the matrices of some blocks come and go.
     """
+    if isinstance(model.before_blocks, WorkingCopies):  # else all weights joined before would live beside the new ones
+        model.before_blocks.let_go()
+        model.before_blocks = None
     groups, grouped = [], set()
     for block in model.transformer_blocks:
         for name in ATTENTION_TARGETS["all"]:

@@ -163,6 +163,17 @@ class WorkingCopies:
         if self.masters[0].dtype == dtype:
             self._places(with_gradients=True)
 
+    def let_go(self) -> None:
+        """Hold nothing any more of the frozen weights that copies lie below; masters that lie there move out."""
+        for piece in self.pieces:
+            if piece.rows is not None and piece.settled:
+                for master in piece.masters:
+                    master.data = master.data.clone()
+        self.pieces = []
+        for group in self.groups:
+            group.forget()
+            group.rows = None
+
     def __call__(self) -> None:
         places = self._places(torch.is_grad_enabled())
         if self._leaves is None:
