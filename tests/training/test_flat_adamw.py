@@ -404,3 +404,23 @@ def test_separate_memory_that_is_next_by_chance_ends_a_run() -> None:
     halves = [torch.from_numpy(memory[:128]), torch.from_numpy(memory[128:])]
     assert halves[0].data_ptr() + halves[0].nbytes == halves[1].data_ptr()
     assert runs([*halves[0].split(64), *halves[1].split(64)]) == [(0, 2), (2, 4)]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_equals_torch_on_a_gpu():
+    shapes = [(4096, 32), (32, 4096), (64,), (5, 7), (32, 2048)] * 3
+    made = []
+    for kind in (FlatAdamW, PLAIN):
+        parameters = [nn.Parameter(p.detach().cuda()) for p in parameters_of(make(kind, shapes))]
+        made.append(kind(parameters, **KEYWORDS))
+        for seed in range(4):
+            generator = torch.Generator().manual_seed(seed)
+            places = empty([p.shape for p in parameters], torch.float32, torch.device("cuda"))
+            torch._foreach_copy_(places, [torch.randn(p.shape, generator=generator).cuda() for p in parameters])
+            for parameter, place in zip(parameters, places):
+                parameter.grad = place
+            made[-1].step()
+    assert_same(*made)
+    joint = [p for p in parameters_of(made[0]) if p.numel() % 64 == 0]
+    assert len({p.untyped_storage().data_ptr() for p in joint}) == 1
