@@ -11,7 +11,6 @@ import torch
 from torch.optim import Optimizer
 
 from ltx2_tuner.errors import UserError, did_you_mean
-from ltx2_tuner.training.flat_adamw import FlatAdamW
 from ltx2_tuner.training.literals import keywords_of, literals
 from ltx2_tuner.training.schedulers import load_class
 
@@ -100,8 +99,6 @@ def create_optimizer(options: OptimizerOptions, groups: Sequence[Mapping[str, ob
         keywords["fused"] = True
     elif found.__name__.lower().startswith("prodigy") and options.learning_rate < 0.1:
         logger.warning("Prodigy expects lr 1.0; --learning_rate is %g", options.learning_rate)
-    if found is torch.optim.AdamW:
-        found = FlatAdamW
     if learning_rate is not None:
         keywords.setdefault("lr", learning_rate)
     return _construct(found, groups, keywords, options.type)
@@ -116,8 +113,7 @@ def _construct(found: type[Optimizer], groups: list, keywords: Mapping[str, obje
 
 def describe_optimizer(optimizer: Optimizer, options: OptimizerOptions) -> str:
     """`torch.optim.adamw.AdamW` or `torch.optim.adamw.AdamW(weight_decay=0.1)`, for the saved metadata."""
-    kind = torch.optim.AdamW if isinstance(optimizer, FlatAdamW) else type(optimizer)
-    name = f"{kind.__module__}.{kind.__name__}"
+    name = f"{type(optimizer).__module__}.{type(optimizer).__name__}"
     listed = ",".join(f"{key}={value}" for key, value in options.args.items())
     return f"{name}({listed})" if listed else name
 

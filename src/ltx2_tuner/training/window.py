@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import distributed, nn
 
-from ltx2_tuner.side_by_side import flat_of, joined, runs, views
+from ltx2_tuner.side_by_side import flat_of, views
 from ltx2_tuner.training.losses import StreamLoss
 from ltx2_tuner.training.objective import LossTerms, band_losses
 
@@ -102,7 +102,7 @@ class Gradients:
             return
         factor = (self.max_norm / (norm + 1e-6)).clamp(max=1.0)
         grads = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        torch._foreach_mul_([joined(grads[first:end]) for first, end in runs(grads)], factor)
+        torch._foreach_mul_(grads, factor)
 
 
 class LossScaler(torch.amp.GradScaler):
