@@ -38,6 +38,10 @@ _MAX_WORKSPACE = 1  # attribute of a preference
 _GELU, _GELU_WITH_BIAS, _GELU_GRADIENT = 32 | 128, 32 | 128 | 4, 64 | 128  # all with GELU's input as another tensor
 
 
+class _RefusedError(RuntimeError):
+    """cuBLASLt does not do it."""
+
+
 class _Result(ctypes.Structure):
     """cublasLtMatmulHeuristicResult_t"""
 
@@ -81,7 +85,8 @@ def suits(x: Tensor, weight: Tensor) -> bool:
 def gelu_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """x (T, k), weight (n, k), bias (n,) -> tanh-GELU of the product with its bias, and what GELU is applied to."""
     result, pre = (x.new_empty(x.shape[0], weight.shape[0]) for _ in range(2))
-    if _run(_Operands(weight, x.contiguous(), result, pre, bias), _GELU if bias is None else _GELU_WITH_BIAS):
+    operands = _Operands(weight, x.contiguous(), result, pre, bias)
+    if x.is_cuda and available() and _run(operands, _GELU if bias is None else _GELU_WITH_BIAS):
         return result, pre
     pre = F.linear(x, weight, bias)
     return F.gelu(pre, approximate="tanh"), pre
@@ -90,7 +95,8 @@ def gelu_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor
 def gelu_input_gradient(gradient: Tensor, weight: Tensor, pre: Tensor) -> Tensor:
     """gradient (T, n), weight (n, k), pre (T, k) -> gradient (T, k) of `pre`, whose tanh-GELU `weight` multiplied."""
     result = torch.empty_like(pre)
-    if _run(_Operands(weight, gradient.contiguous(), result, pre, None), _GELU_GRADIENT):
+    operands = _Operands(weight, gradient.contiguous(), result, pre, None)
+    if gradient.is_cuda and available() and _run(operands, _GELU_GRADIENT):
         return result
     return torch.ops.aten.gelu_backward(gradient @ weight, pre, approximate="tanh")
 
@@ -120,10 +126,8 @@ def _agrees() -> bool:
         (_Operands(weight, x, hidden, pre, bias), _GELU_WITH_BIAS),
         (_Operands(second, gradient, of_pre, pre, None), _GELU_GRADIENT),
     ):
-        plan = _plan_of(operands, epilogue)
-        if plan is None:
+        if not _run(operands, epilogue):
             return False
-        plan.run(operands)
     wanted = F.linear(x.float(), weight.float(), bias.float())
     of_hidden = gradient.float() @ second.float()
     pairs = [
@@ -136,45 +140,34 @@ def _agrees() -> bool:
 
 def _run(operands: _Operands, epilogue: int) -> bool:
     """Multiply into `operands.result`; False where cuBLASLt cannot."""
-    if not (operands.weight.is_cuda and available()):
-        return False
     tensors = [tensor for tensor in operands if tensor is not None]
     if any(tensor.data_ptr() % _ALIGNMENT for tensor in tensors) or operands.weight.stride(1) != 1:
         return False
-    plan = _plan_of(operands, epilogue)
-    if plan is None:
-        return False
-    with torch.cuda.device_of(operands.weight):
+    weight = operands.weight
+    sizes = operands.given.shape[0], *weight.shape, weight.stride(0)
+    kind = _Kind(weight.device.index, weight.dtype, *sizes, epilogue)
+    with torch.cuda.device_of(weight):
         try:
+            plan = _plans[kind] if kind in _plans else _plans.setdefault(kind, _Plan(kind, operands))
+            if plan is None:
+                return False
             if plan.chosen is None and not torch.cuda.is_current_stream_capturing():
                 plan.choose(operands)
             plan.run(operands)
-        except RuntimeError as error:
-            logger.warning("GELU is a kernel of its own from now on for %s: %s", plan.kind, error)
-            _plans[plan.kind] = None
+        except _RefusedError as error:
+            logger.warning("GELU is a kernel of its own from now on for %s: %s", kind, error)
+            _plans[kind] = None
             return False
     return True
 
 
-_plans: dict[_Kind, _Plan | None] = {}
-
-
-def _plan_of(operands: _Operands, epilogue: int) -> _Plan | None:
-    weight = operands.weight
-    sizes = operands.given.shape[0], *weight.shape, weight.stride(0)
-    kind = _Kind(weight.device.index, weight.dtype, *sizes, epilogue)
-    if kind not in _plans:
-        with torch.cuda.device_of(weight):
-            plan = _Plan(kind, operands)
-        _plans[kind] = plan if plan.proposals else None
-    return _plans[kind]
+_plans: dict[_Kind, _Plan | None] = {}  # None where cuBLASLt refused
 
 
 class _Plan:
     """A kind of product: its description for cuBLASLt, the algorithms proposed, and the one chosen."""
 
     def __init__(self, kind: _Kind, operands: _Operands) -> None:
-        self.kind = kind
         self.lock = threading.Lock()  # the description holds pointers of the call that is being made
         self.handle = _handle(kind.device)
         self.chosen: _Result | None = None
@@ -206,7 +199,10 @@ class _Plan:
             )
         finally:
             library.cublasLtMatmulPreferenceDestroy(preference)
-        return [one for one in found[: count.value] if one.state == 0] if status == 0 else []
+        proposals = [one for one in found[: count.value] if one.state == 0]
+        if status or not proposals:
+            raise _RefusedError(f"cuBLASLt proposes no algorithm (status {status})")
+        return proposals
 
     def choose(self, operands: _Operands) -> None:
         """Time all algorithms in turns: clocks fall while a GPU is busy, and the next one would pay for the last."""
@@ -277,4 +273,4 @@ def _handle(device: int) -> c_void_p:
 
 def _check(status: int) -> None:
     if status:
-        raise RuntimeError(f"cuBLASLt returned status {status}")
+        raise _RefusedError(f"cuBLASLt returned status {status}")
