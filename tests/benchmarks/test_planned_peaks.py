@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
@@ -14,6 +15,11 @@ from ltx2_tuner.memory.speed import Speed
 ROOT = Path(__file__).resolve().parents[2]
 RECOMPUTED = {"none": 0, "full": 48}
 H200 = Speed(0.65 * 671e12, 0.9 * 55e9)  # as measure_speed found it there
+
+
+@functools.cache
+def footprint_of(*flags: str) -> Footprint:
+    return train_step.footprint(train_step.parse_arguments(list(flags)))
 
 
 def measured() -> list[dict]:
@@ -46,7 +52,7 @@ def test_the_frontier_has_lines_of_every_precision() -> None:
 
 @pytest.mark.parametrize("line", frontier(), ids=lambda line: f"{line['precision']}-{line['budget_gb']:g}")
 def test_plans_of_the_frontier_are_predicted_likewise(line: dict) -> None:
-    footprint = train_step.footprint(train_step.parse_arguments(["--precision", line["precision"]]))
+    footprint = footprint_of("--precision", line["precision"])
     choice = Choice(line["streamed"], line["recomputed"], ring=line["ring"])
     assert line["graphs"]
     assert footprint.total(choice) / 2**30 == pytest.approx(line["peak_gib"], rel=0.05)
@@ -54,10 +60,8 @@ def test_plans_of_the_frontier_are_predicted_likewise(line: dict) -> None:
 
 
 def planned(line: dict) -> tuple[Footprint, Choice]:
-    args = train_step.parse_arguments(
-        ["--precision", line["precision"], "--lora_dtype", line.get("lora_dtype", "float32"), "--mode", line["mode"]]
-    )
-    return train_step.footprint(args), Choice(
+    flags = "--precision", line["precision"], "--lora_dtype", line.get("lora_dtype", "float32"), "--mode", line["mode"]
+    return footprint_of(*flags), Choice(
         line.get("blocks_to_swap", 0), RECOMPUTED[line["recompute"]], ring=line.get("ring") or 2
     )
 

@@ -80,8 +80,7 @@ def test_gradients_are_kept_before_their_memory_is_overwritten(paper: Paper) -> 
 
 
 @pytest.mark.parametrize("failure", ["memory", "error", "invalid"])
-@pytest.mark.parametrize("place", ["open_audio", "close_video"])
-@pytest.mark.parametrize("block", [0, 2])
+@pytest.mark.parametrize(("place", "block"), [("open_audio", 0), ("close_video", 2)])
 @pytest.mark.parametrize("streamed", [0, blocks.BLOCKS - 1])
 def test_a_capture_that_fails_leaves_a_model_that_trains(
     paper: Paper, failure: str, place: str, block: int, streamed: int
