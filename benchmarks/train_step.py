@@ -37,8 +37,6 @@ from ltx2_tuner.quantization import is_quantisable
 from ltx2_tuner.quantization.formats import WeightFormat, freeze
 from ltx2_tuner.training.acceleration import accelerate
 from ltx2_tuner.training.footprint import footprint_of
-from ltx2_tuner.training.optimizers import OptimizerOptions, create_optimizer
-from ltx2_tuner.training.window import Gradients
 
 WARM_UP, MEASURED = 4, 6
 TEXT_TOKENS = 1024
@@ -228,10 +226,8 @@ class Step:
             if modality is not None
         }
         self.parameters = list(self.network.parameters())
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, fused=device.type == "cuda")
         self.prepare(args, device)
-        rates = OptimizerOptions("AdamW", learning_rate=1e-4)
-        self.optimizer = create_optimizer(rates, [{"params": self.parameters, "lr": 1e-4}])
-        self.gradients = Gradients(self.parameters, [name for name, _ in self.network.named_parameters()], max_norm=1.0)
 
     def prepare(self, args: argparse.Namespace, device: torch.device) -> None:
         """Recomputation, streaming, compilation and recording."""
@@ -259,7 +255,7 @@ class Step:
         loss = self.loss()
         loss.backward()
         self.average()
-        self.gradients.clip(self.gradients.norms()[0])
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0, foreach=True)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return loss.detach()
