@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ltx2_tuner.lora import LoRAAdapter, LoRALinear
 from ltx2_tuner.models.transformer.feed_forward import FeedForward, multiply_each
 from ltx2_tuner.quantization import DenseLinear, cublaslt, dense_feed_forward
-
-WIDTH, HIDDEN = 32, 128
-TOKENS = (2, 5)
+from ltx2_tuner.quantization.feed_forward import fuse_feed_forwards
+from tests.quantization.feed_forwards import HIDDEN, TOKENS, WIDTH, compiled, expected, run, saved_by
 
 
 def make(bias: bool = True, dtype: torch.dtype = torch.float32, width: int = WIDTH) -> FeedForward:
@@ -33,32 +32,11 @@ def large(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cublaslt, "suits", lambda x, weight: True)
 
 
-def run(function: nn.Module, dtype: torch.dtype = torch.float32, device: str = "cpu", shape=(*TOKENS, WIDTH)):
-    """The output and the gradient of x."""
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(shape, generator=generator).to(device, dtype).requires_grad_()
-    y = function(x)
-    y.backward(torch.randn(y.shape, generator=generator).to(device, dtype))
-    return y.detach(), x.grad
-
-
-def compiled(module: nn.Module, backend: object = "aot_eager_decomp_partition") -> nn.Module:
-    torch._dynamo.reset()
-    return torch.compile(module, backend=backend, fullgraph=True)
-
-
-def saved_by(function: nn.Module) -> list[Tensor]:
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
-        function(torch.randn(*TOKENS, WIDTH, requires_grad=True))
-    return saved
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [False, True])
 def test_it_gives_what_both_layers_give(large, bias, dtype):
     module = make(bias, dtype)
-    wanted = run(lambda x: multiply_each(module, x), dtype)
+    wanted = expected(module, dtype=dtype)
     for found, value in zip(run(compiled(module), dtype), wanted):
         assert found.dtype == dtype
         # Bias and product are rounded once, not one after the other.
@@ -67,7 +45,7 @@ def test_it_gives_what_both_layers_give(large, bias, dtype):
 
 def test_it_keeps_what_gelu_is_applied_to_and_the_weights(large):
     module = make()
-    saved = saved_by(compiled(module))
+    saved = saved_by(module)
     weights = {module.net[0].proj.weight.data_ptr(), module.net[2].weight.data_ptr()}
     others = [tensor for tensor in saved if tensor.data_ptr() not in weights]
     assert [tensor.numel() for tensor in others] == [TOKENS[0] * TOKENS[1] * HIDDEN]
@@ -86,17 +64,26 @@ def test_adapters_that_come_later_are_run(large):
     adapter = LoRAAdapter(WIDTH, HIDDEN, 4)
     nn.init.normal_(adapter.lora_up.weight)
     module.net[0].proj = LoRALinear(module.net[0].proj, adapter)
-    wanted = run(lambda x: multiply_each(module, x))
+    wanted = expected(module)
     for found, value in zip(run(compiled(module)), wanted):
         torch.testing.assert_close(found, value)
 
 
 def test_small_products_are_left_to_the_compiler():
     module = make()
-    wanted = run(lambda x: multiply_each(module, x))
+    wanted = expected(module)
     assert not cublaslt.suits(torch.randn(4, WIDTH), module.net[0].proj.weight)
     for found, value in zip(run(compiled(module)), wanted):
         torch.testing.assert_close(found, value)
+
+
+@pytest.mark.parametrize("available", [False, True])
+def test_it_is_used_where_the_library_answers(available, monkeypatch):
+    monkeypatch.setattr(cublaslt, "available", lambda: available)
+    module = make()
+    module.multiply = multiply_each
+    fuse_feed_forwards([module])
+    assert module.multiply is (dense_feed_forward.multiply if available else multiply_each)
 
 
 @pytest.mark.gpu
@@ -107,6 +94,6 @@ def test_on_a_gpu_compiled(bias):
     module = make(bias, torch.bfloat16, width=2048).to("cuda")
     shape = {"dtype": torch.bfloat16, "device": "cuda", "shape": (1, 512, 2048)}
     assert cublaslt.suits(torch.empty(shape["shape"], dtype=torch.bfloat16, device="cuda"), module.net[0].proj.weight)
-    wanted = run(lambda x: multiply_each(module, x), **shape)
+    wanted = expected(module, **shape)
     for found, value in zip(run(compiled(module, "inductor"), **shape), wanted):
         assert (found.float() - value.float()).norm() < 1e-2 * value.float().norm()

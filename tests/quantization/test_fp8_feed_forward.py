@@ -10,11 +10,10 @@ from torch._inductor.compile_fx import compile_fx
 
 from ltx2_tuner.lora import LoRAAdapter, LoRALinear
 from ltx2_tuner.models.transformer.feed_forward import FeedForward, multiply_each
-from ltx2_tuner.quantization import Fp8Linear, feed_forward, fp8, row_kernels
+from ltx2_tuner.quantization import Fp8Linear, fp8, fp8_feed_forward, row_kernels
+from ltx2_tuner.quantization.feed_forward import fuse_feed_forwards
 from ltx2_tuner.quantization.operators import open_to_inductor
-
-WIDTH, HIDDEN = 32, 128
-TOKENS = (2, 5)
+from tests.quantization.feed_forwards import HIDDEN, TOKENS, WIDTH, compiled, expected, run, saved_by
 
 
 def layer(columns: int, rows: int, bias: bool, dtype: torch.dtype, keep_transposed: bool = True) -> Fp8Linear:
@@ -31,7 +30,7 @@ def make(
     module = FeedForward(width, bias=bias)
     module.net[0].proj = layer(width, 4 * width, bias, dtype, keep_transposed)
     module.net[2] = layer(4 * width, width, bias, dtype, keep_transposed)
-    feed_forward.fuse_feed_forwards([module])
+    fuse_feed_forwards([module])
     return module
 
 
@@ -39,30 +38,12 @@ def layers_of(module: FeedForward) -> tuple[nn.Module, nn.Module]:
     return module.net[0].proj, module.net[2]
 
 
-def run(function: nn.Module, dtype: torch.dtype = torch.float32, device: str = "cpu", shape=(*TOKENS, WIDTH)):
-    """The output and the gradient of x."""
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(shape, generator=generator).to(device, dtype).requires_grad_()
-    y = function(x)
-    y.backward(torch.randn(y.shape, generator=generator).to(device, dtype))
-    return y.detach(), x.grad
-
-
-def expected(module: FeedForward, **keywords: object) -> tuple[Tensor, Tensor]:
-    return run(lambda x: multiply_each(module, x), **keywords)
-
-
-def compiled(module: nn.Module, backend: object = "aot_eager") -> nn.Module:
-    torch._dynamo.reset()
-    return torch.compile(module, backend=backend, fullgraph=True)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("keep_transposed", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 def test_it_gives_what_both_layers_give(bias, keep_transposed, dtype):
     module = make(bias, dtype, keep_transposed)
-    assert module.multiply is feed_forward.multiply
+    assert module.multiply is fp8_feed_forward.multiply
     wanted = expected(module, dtype=dtype)
     for function in (module, compiled(module)):
         for found, value in zip(run(function, dtype), wanted):
@@ -86,12 +67,8 @@ def test_passes_without_gradients():
 
 def test_it_keeps_one_wide_tensor_and_the_stored_ones():
     module = make()
-    saved = []
-    function = compiled(module, "aot_eager_decomp_partition")
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
-        function(torch.randn(*TOKENS, WIDTH, requires_grad=True))
     stored = {tensor.data_ptr() for frozen in layers_of(module) for tensor in frozen.storage().values()}
-    others = [tensor for tensor in saved if tensor.data_ptr() not in stored]
+    others = [tensor for tensor in saved_by(module) if tensor.data_ptr() not in stored]
     assert [tensor.numel() for tensor in others] == [TOKENS[0] * TOKENS[1] * HIDDEN]
 
 
@@ -141,7 +118,7 @@ def test_other_layers_stay_as_they_are():
     other = make()
     other.net[2] = nn.Linear(HIDDEN, WIDTH)
     other.multiply = multiply_each
-    feed_forward.fuse_feed_forwards([plain, other])
+    fuse_feed_forwards([plain, other])
     assert plain.multiply is other.multiply is multiply_each
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ltx2_tuner.memory.prepare import MemoryPlan
-from ltx2_tuner.quantization.feed_forward import multiply
+from ltx2_tuner.quantization.fp8_feed_forward import multiply
 from ltx2_tuner.training.acceleration import accelerate
 from tests.memory.blocks import adapted
 

@@ -76,7 +76,7 @@ class _Operands(NamedTuple):
 
 def suits(x: Tensor, weight: Tensor) -> bool:
     """Whether a product of x (..., k) with `weight` (n, k) is worth asking for, where this is `available`."""
-    if not (x.is_cuda and weight.is_cuda and x.dtype == weight.dtype and x.dtype in (torch.bfloat16, torch.float16)):
+    if not (x.is_cuda and weight.is_cuda and x.dtype == weight.dtype and x.dtype in _TYPES):
         return False
     operations = 2 * x.numel() * weight.shape[0]
     return isinstance(operations, int) and operations >= SMALLEST
@@ -122,12 +122,9 @@ def _agrees() -> bool:
         for shape in ((64, 128), (256, 128), (256,), (64, 128), (128, 256))
     )
     pre, hidden, of_pre = (x.new_empty(64, 256) for _ in range(3))
-    for operands, epilogue in (
-        (_Operands(weight, x, hidden, pre, bias), _GELU_WITH_BIAS),
-        (_Operands(second, gradient, of_pre, pre, None), _GELU_GRADIENT),
-    ):
-        if not _run(operands, epilogue):
-            return False
+    forward, backward = _Operands(weight, x, hidden, pre, bias), _Operands(second, gradient, of_pre, pre, None)
+    if not (_run(forward, _GELU_WITH_BIAS) and _run(backward, _GELU_GRADIENT)):
+        return False
     wanted = F.linear(x.float(), weight.float(), bias.float())
     of_hidden = gradient.float() @ second.float()
     pairs = [
@@ -206,15 +203,16 @@ class _Plan:
 
     def choose(self, operands: _Operands) -> None:
         """Time all algorithms in turns: clocks fall while a GPU is busy, and the next one would pay for the last."""
-        events: dict[int, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {}
-        for number in range(_ROUNDS * len(self.proposals)):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            self.run(operands, self.proposals[number % len(self.proposals)])
-            end.record()
-            events.setdefault(number % len(self.proposals), []).append((start, end))
+        runs: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in self.proposals]
+        for _ in range(_ROUNDS):
+            for algorithm, timed in zip(self.proposals, runs):
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                self.run(operands, algorithm)
+                end.record()
+                timed.append((start, end))
         torch.cuda.synchronize()
-        times = [statistics.median(a.elapsed_time(b) for a, b in events[index]) for index in range(len(self.proposals))]
+        times = [statistics.median(start.elapsed_time(end) for start, end in timed) for timed in runs]
         best = min(range(len(times)), key=times.__getitem__)
         self.chosen = self.proposals[best if times[best] < _GAIN * times[0] else 0]
 

@@ -10,50 +10,32 @@ For the backward pass the operator keeps the first product, before its bias, and
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor, nn
 
-from ltx2_tuner.quantization import cublaslt, dense_feed_forward, fp8, row_kernels
+from ltx2_tuner.quantization import fp8, row_kernels
 from ltx2_tuner.quantization.expand import FP8
 from ltx2_tuner.quantization.frozen import Fp8Linear, product_dtype
 from ltx2_tuner.quantization.operators import operator
 from ltx2_tuner.quantization.products import add_bias, fp8_input_gradient, fp8_product, fp8_product_of_outputs
 
 
-def fuse_feed_forwards(feed_forwards: Iterable[nn.Module]) -> None:
-    """Have the two layers multiply as one in compiled code, wherever that can be.
-
-    Args:
-        feed_forwards: with the layers as `net.0.proj`, which `net.0` puts GELU behind, and `net.2`; `multiply` is what
-            they call with themselves and x.
-    """
-    kernels = not torch.cuda.is_available() or row_kernels.available()
-    for module in feed_forwards:
-        layers = module.net[0].proj, module.net[2]
-        if kernels and _suits(*layers):
-            module.multiply = multiply
-        elif dense_feed_forward.suits(*layers) and cublaslt.available():
-            module.multiply = dense_feed_forward.multiply
-
-
-def multiply(feed_forward: nn.Module, x: Tensor) -> Tensor:
-    """x (..., in) through both layers -> (..., out)."""
-    first, second = feed_forward.net[0].proj, feed_forward.net[2]
-    if not (torch.compiler.is_compiling() and _suits(first, second)):
-        return second(feed_forward.net[0](x))
-    stored = (first.codes, first.scale, first.transposed, first.bias, second.codes, second.scale, second.transposed)
-    y, _ = fp8_feed_forward(x.to(product_dtype(x)), *stored, first.stored)
-    return add_bias(y, second.bias)
-
-
-def _suits(first: nn.Module, second: nn.Module) -> bool:
+def suits(first: nn.Module, second: nn.Module) -> bool:
     """Whether these are layers without adapters that multiply in fp8, of a width that the kernels take."""
     if type(first) is not Fp8Linear or type(second) is not Fp8Linear:
         return False
     cores = first.tensor_cores and second.tensor_cores
     return cores and first.stored == second.stored and first.out_features <= row_kernels.WIDEST
+
+
+def multiply(feed_forward: nn.Module, x: Tensor) -> Tensor:
+    """x (..., in) through both layers -> (..., out)."""
+    first, second = feed_forward.net[0].proj, feed_forward.net[2]
+    if not (torch.compiler.is_compiling() and suits(first, second)):
+        return second(feed_forward.net[0](x))
+    stored = (first.codes, first.scale, first.transposed, first.bias, second.codes, second.scale, second.transposed)
+    y, _ = fp8_feed_forward(x.to(product_dtype(x)), *stored, first.stored)
+    return add_bias(y, second.bias)
 
 
 @torch.library.custom_op("ltx2_tuner::fp8_gelu_rows", mutates_args=())
