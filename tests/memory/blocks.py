@@ -81,18 +81,27 @@ class Kept:
 
 
 def gradients(
-    model: LTXTransformer, network: LoRANetwork, device: str = "cpu", between: bool = False
+    model: LTXTransformer,
+    network: LoRANetwork,
+    device: str = "cpu",
+    between: bool = False,
+    *,
+    seed: int = 1,
+    passes: int = 1,
 ) -> list[torch.Tensor]:
     """Both velocities, and the gradient of every adapter matrix.
 
     Args:
         between: run the model once more, without gradients, before the backward pass.
+        seed: of the batch.
+        passes: whose gradients are added up.
     """
     network.zero_grad(set_to_none=True)
-    streams = {name: tiny.to(modality, device) for name, modality in tiny.inputs(model.config).items()}
-    outputs = model(**streams)
-    if between:
-        with torch.no_grad():
-            model(**streams)
-    sum(output.float().square().mean() for output in outputs).backward()
+    streams = {name: tiny.to(modality, device) for name, modality in tiny.inputs(model.config, seed=seed).items()}
+    for _ in range(passes):
+        outputs = model(**streams)
+        if between:
+            with torch.no_grad():
+                model(**streams)
+        sum(output.float().square().mean() for output in outputs).backward()
     return [*(output.detach() for output in outputs), *(p.grad.clone() for p in network.parameters())]

@@ -33,18 +33,9 @@ def recorder(streams: int = 2, streamed: int = 0) -> tuple[LTXTransformer, LoRAN
     return model, network, TrainingGraphs(model, list(network.parameters()), lambda: None, copies, streams)
 
 
-def results(model: LTXTransformer, network: LoRANetwork, seed: int, passes: int = 1) -> list[Tensor]:
-    """The velocities of a batch, and the gradients of as many passes."""
-    network.zero_grad(set_to_none=True)
-    for _ in range(passes):
-        velocities = model(**tiny.inputs(model.config, seed=seed))
-        sum(velocity.square().mean() for velocity in velocities).backward()
-    return [velocity.detach() for velocity in velocities] + [p.grad.clone() for p in network.parameters()]
-
-
 def warm_up(model: LTXTransformer, network: LoRANetwork) -> None:
     for seed in range(WARM_UP):
-        results(model, network, seed)
+        blocks.gradients(model, network, seed=seed)
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
@@ -54,12 +45,16 @@ def test_recorded_passes_give_what_unrecorded_ones_give(
     paper: Paper, streamed: int, streams: int, recompute: bool
 ) -> None:
     model, network = blocks.adapted("dense")
-    expected = {(seed, passes): results(model, network, seed, passes) for seed in (7, 8) for passes in (1, 3)}
+    expected = {
+        (seed, passes): blocks.gradients(model, network, seed=seed, passes=passes)
+        for seed in (7, 8)
+        for passes in (1, 3)
+    }
     model, network, graphs = recorder(streams, streamed)
     model.enable_gradient_checkpointing(recompute)
     warm_up(model, network)
     for (seed, passes), wanted in expected.items():
-        for pair in zip(results(model, network, seed, passes), wanted):
+        for pair in zip(blocks.gradients(model, network, seed=seed, passes=passes), wanted):
             torch.testing.assert_close(*pair)
         with torch.no_grad():  # leaves other blocks in the ring
             model(**tiny.inputs(model.config))
@@ -70,12 +65,12 @@ def test_recorded_passes_give_what_unrecorded_ones_give(
 
 def test_gradients_are_kept_before_their_memory_is_overwritten(paper: Paper) -> None:
     model, network, graphs = recorder()
-    single = results(model, network, seed=7)[2:]
+    single = blocks.gradients(model, network, seed=7)[2:]
     warm_up(model, network)
     (recording,) = graphs.recordings.values()
     overwrite = torch.ops.aten.fill_.Scalar  # as activations do on the device
     recording.forward.graph.calls[:0] = [(overwrite, (grad, torch.nan), {}, grad) for grad in graphs.grads.values()]
-    for actual, wanted in zip(results(model, network, seed=7, passes=3)[2:], single):
+    for actual, wanted in zip(blocks.gradients(model, network, seed=7, passes=3)[2:], single):
         torch.testing.assert_close(actual, 3 * wanted)
 
 
@@ -86,7 +81,7 @@ def test_a_capture_that_fails_leaves_a_model_that_trains(
     paper: Paper, failure: str, place: str, block: int, streamed: int
 ) -> None:
     model, network = blocks.adapted("dense")
-    expected = results(model, network, seed=7)
+    expected = blocks.gradients(model, network, seed=7)
     model, network, graphs = recorder(streamed=streamed)
     part = getattr(model.transformer_blocks[block], place)
     captures = []
@@ -102,7 +97,7 @@ def test_a_capture_that_fails_leaves_a_model_that_trains(
     setattr(model.transformer_blocks[block], place, failing)
     warm_up(model, network)
     for _ in range(2):
-        for pair in zip(results(model, network, seed=7), expected):
+        for pair in zip(blocks.gradients(model, network, seed=7), expected):
             torch.testing.assert_close(*pair)
     assert len(captures) == 1 and not graphs.recordings and not paper.launched
     assert paper.graph is None and paper.current is paper.default
@@ -119,7 +114,7 @@ def test_a_capture_that_cannot_end_leaves_a_model_that_trains(
 ) -> None:
     """Where memory had run out before, another plan may have more."""
     model, network, graphs = recorder()
-    expected = results(model, network, seed=7)
+    expected = blocks.gradients(model, network, seed=7)
     make, made = torch.cuda.CUDAGraph, []
 
     def unending() -> object:
@@ -142,7 +137,7 @@ def test_a_capture_that_cannot_end_leaves_a_model_that_trains(
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", unending)
     warm_up(model, network)
-    for pair in zip(results(model, network, seed=7), expected):
+    for pair in zip(blocks.gradients(model, network, seed=7), expected):
         torch.testing.assert_close(*pair)
     assert len(made) == capture + 1 and not graphs.grads and not graphs.recordings
     assert bool(graphs.refused) == memory == (graphs.pool is not None)

@@ -24,6 +24,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from ltx2_tuner.memory.device_memory import give_back, ran_out, room
 from ltx2_tuner.memory.planner import spare
 from ltx2_tuner.memory.streaming import BlockStore, RingState
 from ltx2_tuner.memory.two_streams import TwoStreams
@@ -108,7 +109,6 @@ class TrainingGraphs:
         self.runner = model.block_runner
         self.recordings: dict[Hashable, _Recording] = {}
         self.grads: dict[nn.Parameter, Tensor] = {}  # of the pass replayed last, in one flat tensor for all shapes
-        self.left: dict[nn.Parameter, Tensor] = {}  # those among them that parameters may hold
         self.seen: dict[Hashable, int] = {}
         self.refused: set[Hashable] = set()
         self.pool = torch.cuda.graph_pool_handle()
@@ -131,13 +131,11 @@ class TrainingGraphs:
     def release(self) -> None:
         """Give back the memory of all recordings; passes are recorded anew when their shapes come again."""
         self.recordings.clear()
-        self.grads, self.left = {}, {}
+        self.grads = {}
         self.held = 0
         if self.pool is not None:
             self.pool = torch.cuda.graph_pool_handle()
-        torch.cuda.synchronize()
-        _free_workspaces()
-        torch.cuda.empty_cache()
+        give_back()
 
     def __call__(
         self, video: Modality | None, audio: Modality | None, perturbations: Perturbations | None = None
@@ -178,7 +176,7 @@ class TrainingGraphs:
     def _make_room(self) -> None:
         """Let go of the recordings where a pass that is not recorded would not fit beside them."""
         unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated() - self.held
-        if not self.recordings or _room() + max(unused, 0) > self.held + spare(math.inf):
+        if not self.recordings or room() + max(unused, 0) > self.held + spare(math.inf):
             return
         self.release()
         self.pushed_out += 1
@@ -197,15 +195,10 @@ class TrainingGraphs:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # the passes run so far hold memory of their own that the recording will need
         needed = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
-        room = _room() - max(needed - self.held, 0)
-        if room < spare(needed):
-            logger.info(
-                "a batch shape runs without a CUDA graph: it takes %.1f GiB, and %.1f would be left for validation",
-                needed / 2**30,
-                room / 2**30,
-            )
-            self.refused.add(key)
-            return False
+        left = room() - max(needed - self.held, 0)
+        if left < spare(needed):
+            reason = f"it takes {needed / 2**30:.1f} GiB, and {left / 2**30:.1f} would be left for validation"
+            return self._refuse(key, reason)
         failure, short = None, False
         try:
             expected = self._unrecorded(streams)
@@ -217,17 +210,21 @@ class TrainingGraphs:
             self._check(self.recordings[key], expected)
         except RuntimeError as error:
             logger.debug("recording failed", exc_info=True)
-            failure, short = str(error).partition("\n")[0], _out_of_memory(error)
+            failure, short = str(error).partition("\n")[0], ran_out(error)
         finally:
             self._clean_up()
         # Only now: the error kept alive all that the pass had made.
         if short:
-            logger.info("a batch shape runs without a CUDA graph: %s", failure)
-            self.refused.add(key)
             self.release()
-        elif failure is not None:
+            return self._refuse(key, failure)
+        if failure is not None:
             self._give_up(failure)
         return key in self.recordings
+
+    def _refuse(self, key: Hashable, reason: str) -> bool:
+        logger.info("a batch shape runs without a CUDA graph: %s", reason)
+        self.refused.add(key)
+        return False
 
     def _clean_up(self) -> None:
         """After a recording: the model runs its blocks as before."""
@@ -307,8 +304,7 @@ class TrainingGraphs:
 
     def keep_gradients(self) -> None:
         """Copy gradients of an earlier pass of this step out of the memory that is about to be overwritten."""
-        held = [parameter for parameter, gradient in self.left.items() if parameter.grad is gradient]
-        self.left = {}
+        held = [parameter for parameter, gradient in self.grads.items() if parameter.grad is gradient]
         if held:
             copies = _beside_each_other(held)
             _copy_all(copies, [parameter.grad for parameter in held])
@@ -329,7 +325,6 @@ class TrainingGraphs:
                 static.zero_() if gradient is None else static.copy_(gradient)
         self.keep_gradients()
         self.replay(recording.backward)
-        self.left = recording.found
         held = [p for p in recording.found if p.grad is not None]
         if held:
             torch._foreach_add_([p.grad for p in held], [recording.found[p] for p in held])
@@ -348,13 +343,6 @@ def _agree(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> bool:
         sums += torch.stack([(tensor.float() - other).square().sum(), other.square().sum()])
     off, size = sums.tolist()
     return off <= _TOLERANCE**2 * size
-
-
-def _room() -> int:
-    """Bytes that can still be reserved: what the device has free, or what is left of the process's limit."""
-    free, total = torch.cuda.mem_get_info()
-    fraction = getattr(torch.cuda, "get_per_process_memory_fraction", lambda: 1.0)()  # torch 2.9 and later
-    return min(free, int(fraction * total) - torch.cuda.memory_reserved())
 
 
 class _Replay(torch.autograd.Function):
@@ -376,21 +364,6 @@ class _Replay(torch.autograd.Function):
         ctx.graphs.deposit(ctx.recording, aligned)
         ctx.token = None
         return (None,) * (4 + len(ctx.recording.inputs))
-
-
-def _out_of_memory(error: BaseException | None) -> bool:
-    """Whether that is what happened, or what came before it: a recording that is cut short may not end properly."""
-    while error is not None and not isinstance(error, torch.OutOfMemoryError):
-        error = error.__context__
-    return error is not None
-
-
-def _free_workspaces() -> None:
-    """Free what cuBLAS works in: torch keeps 32 MiB for each thread and stream, and those of a recording are of no use.
-
-    They would also keep the memory of recordings from being given back.
-    """
-    getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)()
 
 
 def _copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
