@@ -68,7 +68,7 @@ if triton is not None:
     @triton.jit
     def _form(
         product, lower, added, bias, lower_bias, norm0, norm1, cos, sin, out0, out1, out2, before, scales, hidden,
-        gates, tokens, product_stride, lower_stride, first_gate, first_hidden, table_rows, strength, eps,
+        gates, tokens, product_stride, lower_stride, first_gate, table_rows, first_hidden, strength, eps,
         N: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, NORMED: tl.constexpr, GATES: tl.constexpr,
         HIDDEN: tl.constexpr, G: tl.constexpr, H: tl.constexpr, BIAS: tl.constexpr, ROPE: tl.constexpr,
     ):  # fmt: skip
@@ -112,7 +112,7 @@ if triton is not None:
     @triton.jit
     def _unform(
         grad0, grad1, grad2, of_gates, before, scales, norm0, norm1, cos, sin, result, lower_result,
-        tokens, product_stride, lower_stride, first_gate, first_hidden, table_rows,
+        tokens, product_stride, lower_stride, first_gate, table_rows,
         N: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, NORMED: tl.constexpr, GATES: tl.constexpr,
         REST: tl.constexpr, G: tl.constexpr, ROPE: tl.constexpr,
     ):  # fmt: skip
@@ -251,8 +251,8 @@ def _form_heads(
     with torch.cuda.device_of(product):
         _form[given.grid](
             given.product, given.lower, added, bias, bias if lower is None else lower_bias, *given.norms,
-            *given.tables, *results[:3], before, scales, hidden, results[3], *given.numbers, strength, eps,
-            BIAS=bias is not None, G=triton.next_power_of_2(max(gates, 1)), HIDDEN=hidden.shape[1],
+            *given.tables, *results[:3], before, scales, hidden, results[3], *given.numbers, given.first_hidden,
+            strength, eps, BIAS=bias is not None, G=triton.next_power_of_2(max(gates, 1)), HIDDEN=hidden.shape[1],
             H=triton.next_power_of_2(hidden.shape[1]), **given.constants,
         )  # fmt: skip
     return made
@@ -337,8 +337,7 @@ class _Given:
         self.tables = (product, product) if cos is None else (cos.contiguous(), sin.contiguous())
         table_rows = 1 if cos is None else cos.shape[0] * cos.shape[1]
         tokens = self.product.shape[0]
-        columns = self.product.stride(0), self.lower.stride(0), self.first_gate, self.first_hidden
-        self.numbers = (tokens, *columns, table_rows)
+        self.numbers = (tokens, self.product.stride(0), self.lower.stride(0), self.first_gate, table_rows)
         self.grid = (tokens, count)
         self.constants = {
             "N": width,

@@ -43,7 +43,6 @@ class Gradients:
     names: list[str]
     max_norm: float
     audio_indices: list[int] = field(init=False)
-    _audio_places: tuple[list[int], torch.Tensor] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self.audio_indices = [index for index, name in enumerate(self.names) if "audio_" in name]
@@ -83,18 +82,12 @@ class Gradients:
         present = [index for index, grad in enumerate(grads) if grad is not None]
         if not present:
             return torch.zeros(3)
-        squares = torch.stack(torch._foreach_norm([grads[index] for index in present])).float().square()
-        audio_square = squares[self._audio_among(present, squares.device)].sum()
-        total = squares.sum()
+        norms = torch._foreach_norm([grads[index] for index in present])
+        audio = set(self.audio_indices)
+        of_audio = [norm for index, norm in zip(present, norms) if index in audio]  # a mask would wait for the device
+        total = torch.stack(norms).float().square().sum()
+        audio_square = torch.stack(of_audio).float().square().sum() if of_audio else total.new_zeros(())
         return torch.stack([total, audio_square, (total - audio_square).clamp(min=0)]).sqrt()
-
-    def _audio_among(self, present: list[int], device: torch.device) -> torch.Tensor:
-        """Places of the audio parameters in a list of indices; the same tensor as long as the list is the same."""
-        if self._audio_places is None or self._audio_places[0] != present:
-            audio = set(self.audio_indices)
-            places = [place for place, index in enumerate(present) if index in audio]
-            self._audio_places = present, torch.tensor(places, dtype=torch.int64, device=device)
-        return self._audio_places[1]
 
     def clip(self, norm: torch.Tensor) -> None:
         """Scale all gradients down so that their joint norm is at most `max_norm` (0 is off)."""
