@@ -16,14 +16,39 @@ from ltx2_tuner.errors import UserError
 
 AttentionFunction = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
+_MANY_QUERIES = 1024
+_QUERY_TILE, _KEY_TILE = 128, 64  # of a thread block: queries in the forward pass, keys in the backward pass
+_ENOUGH = 8  # key tiles a head
+
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
     """torch's scaled dot-product attention."""
+    parts = _query_parts(query.shape[1], key.shape[1]) if mask is None else 1
+    if parts == 1:
+        return _sdpa(query, key, value, mask)
+    grouped = query.unflatten(1, (parts, -1)).flatten(0, 1)
+    key, value = (tensor.unsqueeze(1).expand(-1, parts, -1, -1, -1).flatten(0, 1) for tensor in (key, value))
+    return _sdpa(grouped, key, value, None).reshape(query.shape)
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
     mask = None if mask is None else mask.to(query.dtype)
     result = F.scaled_dot_product_attention(
         query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=mask
     )
     return result.transpose(1, 2)
+
+
+def _query_parts(queries: int, keys: int) -> int:
+    """Into how many samples with the same keys the queries of one are split.
+
+    In the backward pass kernels give each group of keys to one thread block, which goes through all queries. With few
+    keys, as of a short sound, most of a GPU would have nothing to do.
+    """
+    if queries < _MANY_QUERIES:
+        return 1
+    fitting = [parts for parts in range(2, _ENOUGH // -(-keys // _KEY_TILE) + 1) if queries % parts == 0]
+    return max(fitting, key=lambda parts: (queries // parts % _QUERY_TILE == 0, parts), default=1)
 
 
 def _flash_attn() -> AttentionFunction:
