@@ -92,7 +92,8 @@ class TrainingGraphs:
         state: what else a recording depends on, asked before each pass.
         copies: what passes read in place of the parameters (a leaf that was used on one stream cannot be recorded on
             another).
-        streams: 2 puts the sound stream's kernels beside the picture's.
+        streams: 2 puts the sound stream's kernels beside the picture's; where recording that fails, 1 is tried, which
+            takes less memory.
     """
 
     def __init__(
@@ -199,6 +200,21 @@ class TrainingGraphs:
         if left < spare(needed):
             reason = f"it takes {needed / 2**30:.1f} GiB, and {left / 2**30:.1f} would be left for validation"
             return self._refuse(key, reason)
+        failure, short = self._try_to_record(key, streams)
+        if failure is not None and self.streams == 2:
+            logger.info("a pass could not be recorded on two CUDA streams (%s); one is tried", failure)
+            self.release()
+            self.streams = 1
+            failure, short = self._try_to_record(key, streams)
+        if short:
+            self.release()
+            return self._refuse(key, failure)
+        if failure is not None:
+            self._give_up(failure)
+        return key in self.recordings
+
+    def _try_to_record(self, key: Hashable, streams: Streams) -> tuple[str | None, bool]:
+        """None, or what went wrong, and whether memory was short."""
         failure, short = None, False
         try:
             expected = self._unrecorded(streams)
@@ -210,16 +226,13 @@ class TrainingGraphs:
             self._check(self.recordings[key], expected)
         except RuntimeError as error:
             logger.debug("recording failed", exc_info=True)
-            failure, short = str(error).partition("\n")[0], ran_out(error)
+            failure, short = _told(error), ran_out(error)
         finally:
             self._clean_up()
-        # Only now: the error kept alive all that the pass had made.
-        if short:
-            self.release()
-            return self._refuse(key, failure)
-        if failure is not None:
-            self._give_up(failure)
-        return key in self.recordings
+        if failure is not None:  # only now: the error kept alive all that the pass had made
+            self.recordings.pop(key, None)
+            gc.collect()
+        return failure, short
 
     def _refuse(self, key: Hashable, reason: str) -> bool:
         logger.info("a batch shape runs without a CUDA graph: %s", reason)
@@ -286,17 +299,20 @@ class TrainingGraphs:
 
     @contextlib.contextmanager
     def _recording_half(self) -> Iterator[_Half]:
-        main, side = self.main, self.two_streams.side
+        main, sides = self.main, [self.two_streams.side] if self.streams == 2 else []
         half = _Half(torch.cuda.CUDAGraph(), self._ring())
         # Other threads (data loading) may allocate pinned memory meanwhile, hence thread_local.
         capture = torch.cuda.graph(half.graph, pool=self.pool, stream=main, capture_error_mode="thread_local")
         with torch.cuda.stream(main), capture:  # a capture that fails to end leaves its stream the current one
-            side.wait_stream(main)
+            for side in sides:
+                side.wait_stream(main)
+            store = None if half.before is None else self.store.recording(half.before, main, *sides)
             try:
-                with contextlib.nullcontext() if half.before is None else self.store.recording(half.before, main, side):
+                with store or contextlib.nullcontext():
                     yield half
             finally:  # also when something failed: a recording ends properly only with all streams back
-                main.wait_stream(side)
+                for side in sides:
+                    main.wait_stream(side)
         half.after = self._ring()
 
     def _ring(self) -> RingState | None:
@@ -331,6 +347,15 @@ class TrainingGraphs:
         for parameter, gradient in recording.found.items():
             if parameter.grad is None:
                 parameter.grad = gradient
+
+
+def _told(error: BaseException) -> str:
+    """What an error says, and what the first one says, which it came after."""
+    first = error
+    while first.__context__ is not None:
+        first = first.__context__
+    last = str(error).partition("\n")[0]
+    return last if first is error else f"{last}, after: {str(first).partition(chr(10))[0]}"
 
 
 def _agree(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> bool:
