@@ -27,6 +27,7 @@ import torch
 from benchmarks import train_step
 from ltx2_tuner.cli.allocator import keep_memory_in_one_piece
 from ltx2_tuner.devices import exact
+from ltx2_tuner.memory.graphs import TrainingGraphs
 from ltx2_tuner.memory.options import MemoryOptions
 from ltx2_tuner.memory.planner import Plan, settle
 from ltx2_tuner.memory.prepare import rearrange
@@ -99,8 +100,7 @@ class Frontier:
                 return line
             result = self._attempt(plan)
             if isinstance(result, float):
-                recorded = self.step.graphs is not None and bool(self.step.graphs.recordings)
-                line = _line(self.args, budget_gb, plan, result, failures, recorded)
+                line = _line(self.args, budget_gb, plan, result, failures, self.step.graphs)
                 self.last = (plan.options, line) if self.device.type == "cuda" else None
                 logger.info("%s", _kept(budget_gb, plan, line))
                 return line
@@ -170,7 +170,7 @@ def _line(
     plan: Plan | None,
     seconds: float | None,
     failures: int,
-    recorded: bool = False,
+    graphs: TrainingGraphs | None = None,
 ) -> dict[str, object]:
     device = exact(args.device)
     on_cuda = device.type == "cuda"
@@ -185,11 +185,12 @@ def _line(
         "streamed": plan and plan.options.blocks_to_swap,
         "recomputed": plan and plan.options.recomputed_blocks,
         "ring": plan.options.ring if plan and plan.choice.streamed else 0,
-        "graphs": recorded,
+        "graphs": graphs is not None and bool(graphs.recordings),
         "sec": seconds and round(seconds, 4),
         "predicted_sec": round(plan.footprint.seconds(plan.choice, plan.speed), 4) if plan and plan.speed else None,
         "peak_gib": round(torch.cuda.max_memory_allocated(device) / GIB, 2) if on_cuda else None,
         "reserved_gib": round(torch.cuda.max_memory_reserved(device) / GIB, 2) if on_cuda else None,
+        "pool_gib": graphs and round(graphs.held / GIB, 2),  # what recorded passes reserve for themselves
         "predicted_gib": plan and round(plan.predicted / GIB, 2),
         "stepped_down": failures,
         "gpu": torch.cuda.get_device_name(device) if on_cuda else "cpu",
