@@ -42,9 +42,10 @@ class TwoStreams:
                 audio = block.close_audio(*opened[::-1], audio_inputs, video_inputs, None, recompute=recompute)
             video = block.close_video(*opened, video_inputs, audio_inputs, None, recompute=recompute)
         main.wait_stream(side)
-        # Nobody reads any more, now that the streams have met, what will be made anew for the backward pass.
+        # Nobody reads any more, now that the streams have met, what will be made anew for the backward pass or comes
+        # back for it from elsewhere.
         kept = [tensor for tensor in opened if not opening.makes_anew(tensor)]
-        self.kept[index] = [arguments, kept, (video, audio)]
+        self.kept[index] = [arguments[2:], kept] if opening.parks else [arguments, kept, (video, audio)]
         if video.requires_grad:
             video.register_hook(lambda _: self._enter_backward(index, main))
         return video, audio

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -87,6 +88,7 @@ class BasicAVTransformerBlock(nn.Module):
 
     Attributes:
         keep_products: compiled, recomputation may keep what is dear to compute: a third of the memory it would save.
+        saved_inputs: makes the context in which a recomputed block saves its hidden states; not with `keep_products`.
     """
 
     def __init__(self, config: TransformerConfig, variant: str = "av") -> None:
@@ -94,6 +96,7 @@ class BasicAVTransformerBlock(nn.Module):
         self.eps = config.norm_eps
         self.modulates_text = config.cross_attention_adaln
         self.keep_products = False
+        self.saved_inputs: Callable[[], AbstractContextManager] = nullcontext
         kind = {"gated": config.apply_gated_attention, "eps": config.norm_eps}
         heads, rows = config.num_heads, config.modulation_rows
         if variant != "audio":
@@ -153,7 +156,7 @@ class BasicAVTransformerBlock(nn.Module):
 
     def opening(self, recompute: bool) -> Opening:
         """What runs `open_*` in a pass."""
-        return Opening(recompute, inside=self.keep_products or torch.compiler.is_compiling())
+        return Opening(recompute, self.keep_products or torch.compiler.is_compiling(), self.saved_inputs)
 
     # A block has four parts, for those who compile it or run the two streams side by side: `open_*` is attention
     # within the stream and to its text, `close_*` is attention to the other stream as it was opened and the

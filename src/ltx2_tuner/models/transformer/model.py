@@ -112,7 +112,6 @@ class LTXTransformer(nn.Module):
         self.block_outputs: Callable[[int, Tensor | None, Tensor | None], None] | None = None
         self.blocks_alike = False
         self._checkpointed: frozenset[int] = frozenset()
-        self._saved_inputs: Callable[[], AbstractContextManager] = nullcontext
 
     def _add_stream(self, stream: str) -> None:
         config, names = self.config, _NAMES[stream]
@@ -146,15 +145,19 @@ class LTXTransformer(nn.Module):
 
         Args:
             blocks: which ones; None means all.
-            saved_inputs: makes a context of saved-tensor hooks under which a block's inputs are kept, for instance
-                `torch.autograd.graph.save_on_cpu`.
+            saved_inputs: makes a context of saved-tensor hooks under which a block's hidden states are kept, for
+                instance `torch.autograd.graph.save_on_cpu`.
             keep_products: let compiled blocks keep what is dear to compute; faster, in return for memory.
+
+        Raises:
+            ValueError: both of the latter are given.
         """
+        if keep_products and saved_inputs is not nullcontext:
+            raise ValueError("blocks that keep products keep their hidden states, too")
         chosen = range(len(self.transformer_blocks)) if blocks is None else blocks
         self._checkpointed = frozenset(chosen) if enabled else frozenset()
-        self._saved_inputs = saved_inputs
         for block in self.transformer_blocks:
-            block.keep_products = keep_products
+            block.keep_products, block.saved_inputs = keep_products, saved_inputs
 
     def set_attention_backend(self, name: str) -> None:
         """Use `sdpa`, `flash_attn`, `flash3` or `xformers` in all blocks."""
@@ -246,7 +249,7 @@ class LTXTransformer(nn.Module):
             for states in hidden.values():
                 states.requires_grad_()
         # A block that recomputes itself is compiled with its recomputation, which is faster than recomputing around it.
-        by_itself = getattr(self.block_runner, "recomputes", False) and self._saved_inputs is nullcontext
+        by_itself = getattr(self.block_runner, "recomputes", False)
         for index, block in enumerate(self.transformer_blocks):
             skips = perturbations and perturbations.for_block(index, first.dtype, first.device)
             arguments = (video, audio, inputs.get("video"), inputs.get("audio"), skips)
@@ -254,7 +257,7 @@ class LTXTransformer(nn.Module):
             if recompute and by_itself:
                 video, audio = self.block_runner(block, index, *arguments, recompute=True)
             elif recompute:
-                with self._saved_inputs():
+                with block.saved_inputs():
                     video, audio = checkpoint(self.block_runner, block, index, *arguments, use_reentrant=False)
             else:
                 video, audio = self.block_runner(block, index, *arguments)

@@ -24,11 +24,15 @@ class Opening:
     Args:
         recompute: whether the backward pass recomputes the block.
         inside: parts recompute by themselves all the same, as in code that is compiled as a whole.
+        saved_inputs: makes the context in which the hidden state that a part starts from is saved.
     """
 
-    def __init__(self, recompute: bool, inside: bool) -> None:
+    def __init__(
+        self, recompute: bool, inside: bool, saved_inputs: Callable[[], AbstractContextManager] = nullcontext
+    ) -> None:
         self.recompute = recompute
         self.forgets = recompute and not inside and torch.is_grad_enabled()
+        self.saved_inputs = saved_inputs
         self._recipes: dict[int, _Recipe] = {}
 
     def __call__(self, part: Callable[..., Tensor], hidden: Tensor, *arguments: object) -> Tensor:
@@ -36,10 +40,16 @@ class Opening:
             return part(hidden, *arguments, recompute=self.recompute)
         # The state of a generator cannot be read while a graph is recorded, and what draws is not recorded.
         draws = not (hidden.is_cuda and torch.cuda.is_current_stream_capturing())
-        opened = checkpoint(_run, part, hidden, *arguments, use_reentrant=False, preserve_rng_state=draws)
+        with self.saved_inputs():  # the checkpoint has hooks of its own for what the part would save
+            opened = checkpoint(_run, part, hidden, *arguments, use_reentrant=False, preserve_rng_state=draws)
         if opened.requires_grad:
             self._recipes[opened.data_ptr()] = _Recipe(opened)
         return opened
+
+    @property
+    def parks(self) -> bool:
+        """Whether the hidden states that the block starts from are saved elsewhere."""
+        return self.forgets and self.saved_inputs is not nullcontext
 
     def makes_anew(self, opened: Tensor) -> bool:
         """Whether a result of a part is not kept: what needs no gradient is, for no graph leads back to it."""
