@@ -26,6 +26,7 @@ class Paper:
             "CUDAGraph": lambda: Graph(self),
             "stream": lambda stream: Current(self, stream),
             "current_stream": lambda device=None: self.current,
+            "is_current_stream_capturing": lambda: self.current in self.within,
             "synchronize": self.synchronize,
             "empty_cache": lambda: None,
             "graph_pool_handle": object,

@@ -76,25 +76,32 @@ def test_a_second_forward_before_the_first_backward_is_not_replayed() -> None:
 
 
 def frozen(
-    weights: str, count: int, *, recompute: bool, graphs: bool, masters: torch.dtype = torch.float32
+    weights: str,
+    count: int,
+    *,
+    recompute: bool,
+    offload: bool = False,
+    graphs: bool,
+    masters: torch.dtype = torch.float32,
 ) -> tuple[LTXTransformer, LoRANetwork, object]:
     """A compiled model with `count` streamed blocks, and its recorder."""
     model, network = blocks.adapted(weights, "cuda", torch.bfloat16)
     network.to(masters)
-    options = MemoryOptions(blocks_to_swap=count, checkpointing=recompute)
+    options = MemoryOptions(blocks_to_swap=count, checkpointing=recompute, checkpoint_offload=offload)
     # What is recorded is the question here, not the kernels.
     compilation = CompileOptions(enabled=True, backend="aot_eager")
     plan = prepare_model(model, options, compilation, torch.device("cuda"))
     return model, network, accelerate(model, network, plan, torch.bfloat16, graphs=graphs)
 
 
-@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("how", ["kept", "recomputed", "offloaded"])
 @pytest.mark.parametrize("weights", ["dense", "fp8", "nf4"])
-def test_streamed_passes_are_recorded_with_their_copies(weights: str, recompute: bool) -> None:
+def test_streamed_passes_are_recorded_with_their_copies(weights: str, how: str) -> None:
+    memory = {"recompute": how != "kept", "offload": how == "offloaded"}
     for count in (1, blocks.BLOCKS - 1):
-        model, network, _ = frozen(weights, count, recompute=recompute, graphs=False)
+        model, network, _ = frozen(weights, count, **memory, graphs=False)
         expected = [blocks.gradients(model, network, "cuda") for _ in range(2)][-1]
-        model, network, graphs = frozen(weights, count, recompute=recompute, graphs=True)
+        model, network, graphs = frozen(weights, count, **memory, graphs=True)
         for number in range(8):
             found = blocks.gradients(model, network, "cuda")
             for actual, wanted in zip(found, expected):

@@ -10,6 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ltx2_tuner.lora import LoRANetwork
 from ltx2_tuner.lora.joint import join_adapters
 from ltx2_tuner.memory.graphs import WARM_UP, TrainingGraphs, _copy_all
+from ltx2_tuner.memory.host_memory import HostMemory
+from ltx2_tuner.memory.offload import ActivationOffload
 from ltx2_tuner.memory.streaming import BlockStore, streamed_indices
 from ltx2_tuner.models.transformer import LTXTransformer
 from ltx2_tuner.models.transformer.model import run_block
@@ -33,16 +35,24 @@ def recorder(streams: int = 2, streamed: int = 0) -> tuple[LTXTransformer, LoRAN
     return model, network, TrainingGraphs(model, list(network.parameters()), lambda: None, copies, streams)
 
 
+def offload(monkeypatch: pytest.MonkeyPatch) -> ActivationOffload:
+    """As it is on CUDA, but for the page locks."""
+    made = ActivationOffload(torch.device("cpu"))
+    made._copies = torch.cuda.Stream()
+    monkeypatch.setattr(HostMemory, "locked", True)
+    return made
+
+
 def warm_up(model: LTXTransformer, network: LoRANetwork) -> None:
     for seed in range(WARM_UP):
         blocks.gradients(model, network, seed=seed)
 
 
-@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("how", ["kept", "recomputed", "offloaded"])
 @pytest.mark.parametrize("streams", [1, 2])
 @pytest.mark.parametrize("streamed", [0, 1, blocks.BLOCKS - 1])
 def test_recorded_passes_give_what_unrecorded_ones_give(
-    paper: Paper, streamed: int, streams: int, recompute: bool
+    paper: Paper, monkeypatch: pytest.MonkeyPatch, streamed: int, streams: int, how: str
 ) -> None:
     model, network = blocks.adapted("dense")
     expected = {
@@ -51,7 +61,8 @@ def test_recorded_passes_give_what_unrecorded_ones_give(
         for passes in (1, 3)
     }
     model, network, graphs = recorder(streams, streamed)
-    model.enable_gradient_checkpointing(recompute)
+    saved = {"saved_inputs": offload(monkeypatch)} if how == "offloaded" else {}
+    model.enable_gradient_checkpointing(how != "kept", **saved)
     warm_up(model, network)
     for (seed, passes), wanted in expected.items():
         for pair in zip(blocks.gradients(model, network, seed=seed, passes=passes), wanted):
@@ -61,6 +72,26 @@ def test_recorded_passes_give_what_unrecorded_ones_give(
     (recording,) = graphs.recordings.values()
     assert paper.launched[-2:] == [recording.forward.graph, recording.backward.graph]
     assert recording.forward.after == recording.backward.before
+
+
+def test_what_a_recorded_pass_offloads_is_its_own(paper: Paper, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, network = blocks.adapted("dense")
+    expected = blocks.gradients(model, network, seed=7)
+    model, network, graphs = recorder()
+    made = offload(monkeypatch)
+    model.enable_gradient_checkpointing(saved_inputs=made)
+    warm_up(model, network)
+    blocks.gradients(model, network, seed=8)
+    network.zero_grad(set_to_none=True)
+    outputs = model(**tiny.inputs(model.config, seed=7))
+    assert paper.launched[-1] is next(iter(graphs.recordings.values())).forward.graph
+    other = model(**tiny.inputs(model.config, seed=9))  # not recorded: the first pass is under way
+    sum(output.square().mean() for output in outputs).backward()
+    found = [*outputs, *(parameter.grad for parameter in network.parameters())]
+    for pair in zip(found, expected):
+        torch.testing.assert_close(*pair)
+    del other
+    assert len(made._recorded) == 2 * blocks.BLOCKS == len(made._free)
 
 
 def test_gradients_are_kept_before_their_memory_is_overwritten(paper: Paper) -> None:

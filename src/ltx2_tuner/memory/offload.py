@@ -1,49 +1,116 @@
-"""Keeping the inputs of recomputed blocks in host memory between forward and backward."""
+"""Keeping the hidden states of recomputed blocks in host memory between forward and backward."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from ltx2_tuner.memory.host_memory import HostMemory
+from ltx2_tuner.memory.streaming import lockable
 
-@dataclass(frozen=True)
+_ALIKE = 8  # memory up to so many times as large serves a tensor: another bucket's, but not the other stream's
+
+
+@dataclass(eq=False)
 class _Parked:
-    """A tensor in host memory; `arrived` is when its copy is complete."""
+    """A tensor in host memory."""
 
     host: Tensor
     device: torch.device
-    arrived: torch.cuda.Event | None
 
 
 class ActivationOffload:
-    """Makes the context under which a block's inputs are saved (`enable_gradient_checkpointing(saved_inputs=...)`).
+    """Makes the context in which hidden states are saved (`enable_gradient_checkpointing(saved_inputs=...)`).
 
-    Copies run on their own stream into page-locked memory, beside the compute; what comes back lies on its device.
+    Copies run on a stream of their own into page-locked memory, beside what is computed within the context; at its
+    end the compute waits for them, and the device's memory is free. What comes back lies on its device.
+
+    The host's memory is used again, pass after pass. A pass that is being recorded as a CUDA graph, which comes after
+    an unrecorded one of the same shape, takes memory that stays with the recordings: they name addresses. All of them
+    share it, because one runs at a time.
     """
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._free: list[HostMemory] = []
+        self._recorded: list[HostMemory] = []
+        self._waiting: list[HostMemory] = []  # of these, what the recording under way has not used
 
-    def __call__(self) -> AbstractContextManager:
-        return saved_tensors_hooks(self._park, self._fetch)
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        leaving: list[Tensor] = []
+        try:
+            with saved_tensors_hooks(lambda tensor: self._park(tensor, leaving), _fetch):
+                yield
+        finally:  # a recording ends properly only with all streams back
+            if leaving and self._copies is not None:
+                torch.cuda.current_stream(self._device).wait_stream(self._copies)
 
-    def _park(self, tensor: Tensor) -> _Parked:
-        if self._copies is None or not tensor.is_cuda:
-            return _Parked(tensor.detach().to("cpu", copy=True), tensor.device, None)
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        self._copies.wait_stream(torch.cuda.current_stream(tensor.device))
+    def _park(self, tensor: Tensor, leaving: list[Tensor]) -> _Parked:
+        records = self._copies is not None and torch.cuda.is_current_stream_capturing()
+        size = tensor.numel() * tensor.element_size()
+        memory = self._for_recording(size) if records else self._for_now(size)
+        parked = _Parked(memory.bytes[:size].view(tensor.dtype).view(tensor.shape), tensor.device)
+        if not records:
+            weakref.finalize(parked, self._free.append, memory).atexit = False
+        leaving.append(tensor)
+        if self._copies is None:
+            parked.host.copy_(tensor.detach())
+            return parked
+        self._copies.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._copies):
-            host.copy_(tensor, non_blocking=True)
-            arrived = torch.cuda.Event()
-            arrived.record()
-        tensor.record_stream(self._copies)
-        return _Parked(host, tensor.device, arrived)
+            parked.host.copy_(tensor.detach(), non_blocking=True)
+        return parked
 
-    def _fetch(self, parked: _Parked) -> Tensor:
-        if parked.arrived is not None:
-            torch.cuda.current_stream(parked.device).wait_event(parked.arrived)
-        return parked.host.to(parked.device, non_blocking=True)
+    def _for_now(self, size: int) -> HostMemory:
+        self._waiting = list(self._recorded)
+        alike = [memory for memory in self._free if _alike(memory, size)]
+        memory = _smallest(alike, size)
+        if memory is not None:
+            self._free.remove(memory)
+            return memory
+        if alike:  # all of them too small: this pass's take their place
+            self._free.remove(max(alike, key=_size))
+        return self._new(size)
+
+    def _for_recording(self, size: int) -> HostMemory:
+        memory = _smallest([memory for memory in self._waiting if _alike(memory, size)], size)
+        if memory is not None:
+            self._waiting.remove(memory)
+            return memory
+        memory = _smallest([memory for memory in self._free if _alike(memory, size)], size)
+        if memory is None or not memory.locked:
+            raise RuntimeError("hidden states can only be kept in page-locked memory while a pass is recorded")
+        self._free.remove(memory)
+        self._recorded.append(memory)
+        return memory
+
+    def _new(self, size: int) -> HostMemory:
+        memory = HostMemory(size)
+        if lockable(self._device):
+            memory.lock(self._device)  # copies are slower without
+        return memory
+
+
+def _fetch(parked: _Parked) -> Tensor:
+    return parked.host.to(parked.device, non_blocking=True, copy=True)
+
+
+def _size(memory: HostMemory) -> int:
+    return memory.bytes.numel()
+
+
+def _alike(memory: HostMemory, size: int) -> bool:
+    return size / _ALIKE <= _size(memory) <= size * _ALIKE
+
+
+def _smallest(memories: list[HostMemory], size: int) -> HostMemory | None:
+    """The smallest that takes so many bytes."""
+    return min((memory for memory in memories if _size(memory) >= size), key=_size, default=None)
