@@ -76,7 +76,7 @@ def test_a_plan_that_leaves_no_room_to_record_costs_no_measurement(steps, caplog
     def refusing(step, args):
         refused = {"shape"} if step.options == first.options else set()
         step.graphs = types.SimpleNamespace(
-            refused=refused, recordings={"shape": 1}, release=lambda: None, remove=lambda: None
+            held=0, refused=refused, recordings={"shape": 1}, release=lambda: None, remove=lambda: None
         )
 
     monkeypatch.setattr(frontier.PlannedStep, "accelerate", refusing)

@@ -9,9 +9,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ltx2_tuner.lora import LoRANetwork
 from ltx2_tuner.lora.joint import join_adapters
-from ltx2_tuner.memory.graphs import WARM_UP, TrainingGraphs, _copy_all
+from ltx2_tuner.memory.graphs import WARM_UP, TrainingGraphs
 from ltx2_tuner.memory.host_memory import HostMemory
 from ltx2_tuner.memory.offload import ActivationOffload
+from ltx2_tuner.memory.recorder import copy_all
 from ltx2_tuner.memory.streaming import BlockStore, streamed_indices
 from ltx2_tuner.models.transformer import LTXTransformer
 from ltx2_tuner.models.transformer.model import run_block
@@ -100,7 +101,9 @@ def test_gradients_are_kept_before_their_memory_is_overwritten(paper: Paper) -> 
     warm_up(model, network)
     (recording,) = graphs.recordings.values()
     overwrite = torch.ops.aten.fill_.Scalar  # as activations do on the device
-    recording.forward.graph.calls[:0] = [(overwrite, (grad, torch.nan), {}, grad) for grad in graphs.grads.values()]
+    recording.forward.graph.calls[:0] = [
+        (overwrite, (grad, torch.nan), {}, grad) for grad in graphs.recorder.grads.values()
+    ]
     for actual, wanted in zip(blocks.gradients(model, network, seed=7, passes=3)[2:], single):
         torch.testing.assert_close(actual, 3 * wanted)
 
@@ -135,10 +138,10 @@ def test_a_capture_that_fails_leaves_a_model_that_trains(
     assert why in caplog.messages[-1]  # though the capture, cut short, reports another error at its end
     assert len(captures) == 2 and not graphs.recordings and not paper.launched  # on two streams, then on one
     assert paper.graph is None and paper.current is paper.default
-    assert model.block_runner is graphs.runner and not graphs.two_streams.kept
-    assert bool(graphs.refused) == (failure == "memory") == (graphs.pool is not None)
+    assert model.block_runner is graphs.recorder.runner and not graphs.recorder.two_streams.kept
+    assert bool(graphs.refused) == (failure == "memory") == graphs.works
     if streamed:
-        assert graphs.store.run is run_block and graphs.store._computing() == (paper.default,)
+        assert graphs.recorder.store.run is run_block and graphs.recorder.store._computing() == (paper.default,)
 
 
 @pytest.mark.parametrize("failure", ["memory", "error", "invalid"])
@@ -163,7 +166,7 @@ def test_what_cannot_be_recorded_on_two_streams_is_on_one(paper: Paper, failure:
             torch.testing.assert_close(*pair)
     (recording,) = graphs.recordings.values()
     assert paper.launched[-2:] == [recording.forward.graph, recording.backward.graph]
-    assert not graphs.refused and model.block_runner is graphs.runner
+    assert not graphs.refused and model.block_runner is graphs.recorder.runner
 
 
 @pytest.mark.parametrize("memory", [False, True], ids=["whole", "cut short"])
@@ -198,8 +201,8 @@ def test_captures_that_cannot_end_leave_a_model_that_trains(
     warm_up(model, network)
     for pair in zip(blocks.gradients(model, network, seed=7), expected):
         torch.testing.assert_close(*pair)
-    assert not graphs.grads and not graphs.recordings
-    assert bool(graphs.refused) == memory == (graphs.pool is not None)
+    assert not graphs.recorder.grads and not graphs.recordings
+    assert bool(graphs.refused) == memory == graphs.works
     assert paper.graph is None and paper.current is paper.default and model.block_runner is run_block
 
 
@@ -222,7 +225,7 @@ def test_tensors_of_a_dtype_are_copied_together() -> None:
     sources += [torch.randn(3, 2).T, torch.randn(4, 1).expand(4, 6)]
     targets = [torch.zeros(source.shape, dtype=source.dtype) for source in sources]
     with Copies() as copies:
-        _copy_all(targets, sources)
+        copy_all(targets, sources)
     assert all(torch.equal(*pair) for pair in zip(targets, sources))
     assert len(copies.calls) == len(dtypes) + 1
     for call in copies.calls:
