@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 
 import pytest
 import torch
@@ -12,8 +13,10 @@ from ltx2_tuner.lora import LoRANetwork
 from ltx2_tuner.memory import offload
 from ltx2_tuner.memory.host_memory import HostMemory
 from ltx2_tuner.memory.offload import ActivationOffload
+from ltx2_tuner.memory.two_streams import TwoStreams
 from ltx2_tuner.models.transformer import LTXTransformer
 from tests.memory import blocks
+from tests.memory.paper import Paper
 from tests.models.transformer import tiny
 
 CPU = torch.device("cpu")
@@ -85,3 +88,35 @@ def test_a_pass_without_a_backward_pass_gives_its_memory_back(made: list[int]) -
         loss(model, 2, seed)
         gc.collect()
     assert len(made) == 2 * blocks.BLOCKS
+
+
+@pytest.mark.parametrize("streams", [1, 2])
+def test_the_device_lets_go_of_hidden_states_in_the_forward_pass(monkeypatch: pytest.MonkeyPatch, streams: int) -> None:
+    Paper(monkeypatch)
+    model, network = blocks.adapted("dense")
+    wanted = expected(model, network, (2, 7))
+    if streams == 2:
+        model.block_runner = TwoStreams()
+    seen = []
+    for block in model.transformer_blocks:
+        for name in ("open_video", "open_audio"):
+            monkeypatch.setattr(block, name, _noting(getattr(block, name), seen))
+    for saved, alive in (({}, 2 * blocks.BLOCKS), ({"saved_inputs": ActivationOffload(CPU)}, 0)):
+        model.enable_gradient_checkpointing(**saved)
+        seen.clear()
+        value = loss(model, 2, 7)
+        gc.collect()
+        assert len(seen) == 2 * blocks.BLOCKS and sum(state() is not None for state in seen) == alive
+        value.backward()
+        for pair in zip(gradients(network), wanted):
+            torch.testing.assert_close(*pair)
+
+
+def _noting(part, seen: list):
+    """A part of a block that notes the hidden state it is given."""
+
+    def run(hidden: Tensor, *arguments: object, **keywords: object) -> Tensor:
+        seen.append(weakref.ref(hidden))
+        return part(hidden, *arguments, **keywords)
+
+    return run

@@ -49,9 +49,10 @@ class ActivationOffload:
         try:
             with saved_tensors_hooks(lambda tensor: self._park(tensor, leaving), _fetch):
                 yield
-        finally:  # a recording ends properly only with all streams back
-            if leaving and self._copies is not None:
+        finally:
+            if leaving and self._copies is not None:  # a recording ends properly only with all streams back
                 torch.cuda.current_stream(self._device).wait_stream(self._copies)
+            leaving.clear()  # what is saved keeps the hooks, and they the list
 
     def _park(self, tensor: Tensor, leaving: list[Tensor]) -> _Parked:
         records = self._copies is not None and torch.cuda.is_current_stream_capturing()
