@@ -38,6 +38,7 @@ class Paper:
         for name in ("memory_reserved", "memory_allocated", "max_memory_allocated"):
             monkeypatch.setattr(torch.cuda, name, lambda: 0)
         monkeypatch.setattr(torch._C, "_host_emptyCache", lambda: None, raising=False)
+        monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
 
     def synchronize(self, device: object = None) -> None:
         if self.graph is not None:

@@ -95,6 +95,56 @@ def test_what_a_recorded_pass_offloads_is_its_own(paper: Paper, monkeypatch: pyt
     assert len(made._recorded) == 2 * blocks.BLOCKS == len(made._free)
 
 
+def test_what_was_sent_ahead_for_nobody_ends_with_its_recording(paper: Paper, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backward pass goes no further than what is trained."""
+    made, main = offload(monkeypatch), torch.cuda.Stream()
+    x = torch.randn(64, requires_grad=True)
+
+    def two_values() -> list[Tensor]:
+        with made():
+            return [x.sin(), x.cos()]
+
+    def capture() -> torch.cuda.graph:
+        return torch.cuda.graph(torch.cuda.CUDAGraph(), pool=object(), stream=main)
+
+    two_values()  # leaves memory for the recording
+    with torch.cuda.stream(main), capture(), made.recording(main):
+        _, last = two_values()
+    with torch.cuda.stream(main), capture(), made.recording(main):
+        (gradient,) = torch.autograd.grad(last.sum(), x)
+    torch.testing.assert_close(gradient, -x.detach().sin())
+
+
+def test_states_are_on_their_way_before_their_block_is_reached(paper: Paper, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, network = blocks.adapted("dense")
+    made = offload(monkeypatch)
+    model.enable_gradient_checkpointing(saved_inputs=made)
+    log, send = [], made._send
+
+    def noting_send(parked: object) -> object:
+        log.append("send")
+        return send(parked)
+
+    def noting(name: str, part: object) -> object:
+        def run(*arguments: object, **keywords: object) -> Tensor:
+            log.append(name)
+            return part(*arguments, **keywords)
+
+        return run
+
+    monkeypatch.setattr(made, "_send", noting_send)
+    for index, block in enumerate(model.transformer_blocks):
+        for name in ("open_video", "open_audio"):
+            monkeypatch.setattr(block, name, noting(f"{name[5:]} {index}", getattr(block, name)))
+    outputs = model(**tiny.inputs(model.config))
+    log.clear()
+    sum(output.square().mean() for output in outputs).backward()
+    assert log.count("send") == 2 * blocks.BLOCKS and log[:2] == ["send", "send"]
+    sent = [log[: place + 1].count("send") for place, entry in enumerate(log) if entry != "send"]
+    assert sent == [min(count + 2, 2 * blocks.BLOCKS) for count in range(2 * blocks.BLOCKS)]  # one more than is used
+    assert all(parameter.grad is not None for parameter in network.parameters())
+
+
 def test_gradients_are_kept_before_their_memory_is_overwritten(paper: Paper) -> None:
     model, network, graphs = recorder()
     single = blocks.gradients(model, network, seed=7)[2:]

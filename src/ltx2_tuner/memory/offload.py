@@ -19,17 +19,27 @@ _ALIKE = 8  # memory up to so many times as large serves a tensor: another bucke
 
 @dataclass(eq=False)
 class _Parked:
-    """A tensor in host memory."""
+    """A tensor in host memory.
+
+    Attributes:
+        recorded: whether that is part of a recording.
+        before: what was parked before it on the same stream, and will be asked for after it.
+        ahead: the tensor on its way back, and when it is there.
+    """
 
     host: Tensor
     device: torch.device
+    recorded: bool
+    before: weakref.ref[_Parked] | None = None
+    ahead: tuple[Tensor, torch.cuda.Event] | None = None
 
 
 class ActivationOffload:
     """Makes the context in which hidden states are saved (`enable_gradient_checkpointing(saved_inputs=...)`).
 
     Copies run on a stream of their own into page-locked memory, beside what is computed within the context; at its
-    end the compute waits for them, and the device's memory is free. What comes back lies on its device.
+    end the compute waits for them, and the device's memory is free. What is asked for in the backward pass lies on its
+    device again, and the block before it is on its way by then.
 
     The host's memory is used again, pass after pass. A pass that is being recorded as a CUDA graph, which comes after
     an unrecorded one of the same shape, takes memory that stays with the recordings: they name addresses. All of them
@@ -39,36 +49,69 @@ class ActivationOffload:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._last: dict[torch.cuda.Stream, weakref.ref[_Parked]] = {}
         self._free: list[HostMemory] = []
         self._recorded: list[HostMemory] = []
         self._waiting: list[HostMemory] = []  # of these, what the recording under way has not used
 
     @contextmanager
+    def recording(self, main: torch.cuda.Stream) -> Iterator[None]:
+        """Within the block half a pass is recorded on `main`."""
+        self._copies.wait_stream(main)
+        try:
+            yield
+        finally:  # a recording ends properly only with all streams back
+            main.wait_stream(self._copies)
+
+    @contextmanager
     def __call__(self) -> Iterator[None]:
         leaving: list[Tensor] = []
-        try:
-            with saved_tensors_hooks(lambda tensor: self._park(tensor, leaving), _fetch):
-                yield
-        finally:
-            if leaving and self._copies is not None:  # a recording ends properly only with all streams back
-                torch.cuda.current_stream(self._device).wait_stream(self._copies)
-            leaving.clear()  # what is saved keeps the hooks, and they the list
+        with saved_tensors_hooks(lambda tensor: self._park(tensor, leaving), self._fetch):
+            yield
+        if leaving and self._copies is not None:
+            torch.cuda.current_stream(self._device).wait_stream(self._copies)
+        leaving.clear()  # what is saved keeps the hooks, and they the list
 
     def _park(self, tensor: Tensor, leaving: list[Tensor]) -> _Parked:
         records = self._copies is not None and torch.cuda.is_current_stream_capturing()
         size = tensor.numel() * tensor.element_size()
         memory = self._for_recording(size) if records else self._for_now(size)
-        parked = _Parked(memory.bytes[:size].view(tensor.dtype).view(tensor.shape), tensor.device)
+        parked = _Parked(memory.bytes[:size].view(tensor.dtype).view(tensor.shape), tensor.device, records)
         if not records:
             weakref.finalize(parked, self._free.append, memory).atexit = False
         leaving.append(tensor)
         if self._copies is None:
             parked.host.copy_(tensor.detach())
             return parked
-        self._copies.wait_stream(torch.cuda.current_stream(self._device))
+        stream = torch.cuda.current_stream(self._device)
+        self._copies.wait_stream(stream)
         with torch.cuda.stream(self._copies):
             parked.host.copy_(tensor.detach(), non_blocking=True)
+        parked.before, self._last[stream] = self._last.get(stream), weakref.ref(parked)
         return parked
+
+    def _fetch(self, parked: _Parked) -> Tensor:
+        if self._copies is None:
+            return parked.host.to(parked.device, copy=True)
+        tensor, there = parked.ahead or self._send(parked)
+        parked.ahead = None
+        before = None if parked.before is None else parked.before()
+        if before is not None and before.ahead is None and before.recorded == parked.recorded:
+            before.ahead = self._send(before)
+        torch.cuda.current_stream(self._device).wait_event(there)
+        return tensor
+
+    def _send(self, parked: _Parked) -> tuple[Tensor, torch.cuda.Event]:
+        """Queue the copy of what is parked into memory of the current stream, which has to wait for the event."""
+        tensor = torch.empty_like(parked.host, device=parked.device)
+        self._copies.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._copies):
+            tensor.copy_(parked.host, non_blocking=True)
+            there = torch.cuda.Event()
+            there.record()
+        if not parked.recorded:
+            tensor.record_stream(self._copies)  # it may be dropped before it is there; a recording runs to its end
+        return tensor, there
 
     def _for_now(self, size: int) -> HostMemory:
         self._waiting = list(self._recorded)
@@ -98,10 +141,6 @@ class ActivationOffload:
         if lockable(self._device):
             memory.lock(self._device)  # copies are slower without
         return memory
-
-
-def _fetch(parked: _Parked) -> Tensor:
-    return parked.host.to(parked.device, non_blocking=True, copy=True)
 
 
 def _size(memory: HostMemory) -> int:

@@ -105,11 +105,10 @@ class Footprint:
         """Of a step: its two passes, each as long as its arithmetic or its copies, whichever lasts longer."""
         forward = self.forward / speed.operations * (self.apart if choice.streamed else 1.0)
         backward = forward * (1 + _AGAIN * choice.recomputed / self.blocks)  # gradients of the inputs, recomputation
-        if choice.offload:  # hidden states that come back are waited for
-            backward += choice.recomputed * self.boundary / speed.copies
         # What the ring holds at the end of a pass is what the next one begins with.
         copies = max(choice.streamed - choice.ring, 0) * self.block / speed.copies
-        return max(forward, copies) + max(backward, copies)
+        states = choice.recomputed * self.boundary / speed.copies if choice.offload else 0.0  # on their way back
+        return max(forward, copies) + max(backward, copies + states)
 
 
 @dataclass(frozen=True)

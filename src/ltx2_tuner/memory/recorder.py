@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from ltx2_tuner.memory.offload import ActivationOffload
 from ltx2_tuner.memory.streaming import BlockStore, RingState
 from ltx2_tuner.memory.two_streams import TwoStreams
 from ltx2_tuner.models.transformer import LTXTransformer, Modality
@@ -189,8 +190,10 @@ class Recorder:
             for side in sides:
                 side.wait_stream(main)
             store = None if half.before is None else self.store.recording(half.before, main, *sides)
+            saved = self.model.transformer_blocks[0].saved_inputs
+            offload = saved.recording(main) if isinstance(saved, ActivationOffload) else None
             try:
-                with store or contextlib.nullcontext():
+                with offload or contextlib.nullcontext(), store or contextlib.nullcontext():
                     yield half
             finally:  # also when something failed: a recording ends properly only with all streams back
                 for side in sides:
