@@ -81,9 +81,8 @@ def build(args: argparse.Namespace, device: torch.device) -> nn.Module:
             nn.init.normal_(parameter, std=0.01)
     if args.compile:
         for block in model.transformer_blocks:
-            block.idx = (
-                0  # torch would compile each number anew, and give up after eight; only perturbations ask for it
-            )
+            # Torch would compile each number anew, and give up after eight; only perturbations ask for it.
+            block.idx = 0
             block.compile(dynamic=False)
     return adapted.train()
 

@@ -45,7 +45,7 @@ def _query_parts(queries: int, keys: int) -> int:
     In the backward pass kernels give each group of keys to one thread block, which goes through all queries. With few
     keys, as of a short sound, most of a GPU would have nothing to do.
     """
-    if queries < _MANY_QUERIES:
+    if queries < _MANY_QUERIES or keys == 0:
         return 1
     fitting = [parts for parts in range(2, _ENOUGH // -(-keys // _KEY_TILE) + 1) if queries % parts == 0]
     return max(fitting, key=lambda parts: (queries // parts % _QUERY_TILE == 0, parts), default=1)
