@@ -81,6 +81,7 @@ class Frontier:
         self.footprint = train_step.footprint(args)
         self.speed = measure_speed(self.device)
         self.step: PlannedStep | None = None
+        self.loose = 0  # bytes between tensors before the first pass: recorded passes cannot use them
         self.last: tuple[MemoryOptions, dict[str, object]] | None = None  # what was measured last
 
     def measure(self, budget_gb: float) -> dict[str, object]:
@@ -100,7 +101,7 @@ class Frontier:
                 return line
             result = self._attempt(plan)
             if isinstance(result, float):
-                line = _line(self.args, budget_gb, plan, result, failures, self.step.graphs)
+                line = _line(self.args, budget_gb, plan, result, failures, self.step.graphs, self.loose)
                 self.last = (plan.options, line) if self.device.type == "cuda" else None
                 logger.info("%s", _kept(budget_gb, plan, line))
                 return line
@@ -137,6 +138,8 @@ class Frontier:
             step.follow(plan)
         self.step = step
         _clear(self.device)
+        if self.device.type == "cuda":
+            self.loose = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
 
     def _forget(self) -> None:
         """Free what the passes of a plan left that was given up."""
@@ -171,6 +174,7 @@ def _line(
     seconds: float | None,
     failures: int,
     graphs: TrainingGraphs | None = None,
+    loose: int = 0,
 ) -> dict[str, object]:
     device = exact(args.device)
     on_cuda = device.type == "cuda"
@@ -191,6 +195,7 @@ def _line(
         "peak_gib": round(torch.cuda.max_memory_allocated(device) / GIB, 2) if on_cuda else None,
         "reserved_gib": round(torch.cuda.max_memory_reserved(device) / GIB, 2) if on_cuda else None,
         "pool_gib": graphs and round(graphs.held / GIB, 2),  # what recorded passes reserve for themselves
+        "loose_gib": round(loose / GIB, 2),
         "predicted_gib": plan and round(plan.predicted / GIB, 2),
         "stepped_down": failures,
         "gpu": torch.cuda.get_device_name(device) if on_cuda else "cpu",
