@@ -90,6 +90,15 @@ def test_a_pass_without_a_backward_pass_gives_its_memory_back(made: list[int]) -
     assert len(made) == 2 * blocks.BLOCKS
 
 
+def test_what_has_no_bytes_stays_where_it_is(made: list[int]) -> None:
+    """Checkpoints of torch up to 2.11 save an empty tensor beside their arguments."""
+    empty = torch.empty(0, requires_grad=True)
+    with ActivationOffload(CPU)():
+        result = empty.exp()
+    result.sum().backward()
+    assert empty.grad.shape == (0,) and not made
+
+
 @pytest.mark.parametrize("streams", [1, 2])
 def test_the_device_lets_go_of_hidden_states_in_the_forward_pass(monkeypatch: pytest.MonkeyPatch, streams: int) -> None:
     Paper(monkeypatch)

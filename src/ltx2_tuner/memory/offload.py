@@ -22,16 +22,24 @@ class _Parked:
     """A tensor in host memory.
 
     Attributes:
+        copies: the stream it is copied on; None on a CPU.
         recorded: whether that is part of a recording.
-        before: what was parked before it on the same stream, and will be asked for after it.
+        before: the same of the block before, which will be asked for after it.
+        asked: whether it has been asked for.
         ahead: the tensor on its way back, and when it is there.
     """
 
     host: Tensor
     device: torch.device
+    copies: torch.cuda.Stream | None
     recorded: bool
     before: weakref.ref[_Parked] | None = None
+    asked: bool = False
     ahead: tuple[Tensor, torch.cuda.Event] | None = None
+
+    def __del__(self) -> None:
+        if self.ahead is not None and not self.recorded:  # nobody has waited for the copy, which may be under way
+            self.ahead[0].record_stream(self.copies)
 
 
 class ActivationOffload:
@@ -49,10 +57,16 @@ class ActivationOffload:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._last: dict[torch.cuda.Stream, weakref.ref[_Parked]] = {}
+        self._last: dict[tuple[torch.cuda.Stream, torch.Size], weakref.ref[_Parked]] = {}
         self._free: list[HostMemory] = []
         self._recorded: list[HostMemory] = []
         self._waiting: list[HostMemory] = []  # of these, what the recording under way has not used
+
+    def forget_recordings(self) -> None:
+        """There are none any more: what they had is anybody's."""
+        self._free += self._recorded
+        self._recorded.clear()
+        self._waiting = []
 
     @contextmanager
     def recording(self, main: torch.cuda.Stream) -> Iterator[None]:
@@ -72,13 +86,15 @@ class ActivationOffload:
             torch.cuda.current_stream(self._device).wait_stream(self._copies)
         leaving.clear()  # what is saved keeps the hooks, and they the list
 
-    def _park(self, tensor: Tensor, leaving: list[Tensor]) -> _Parked:
+    def _park(self, tensor: Tensor, leaving: list[Tensor]) -> _Parked | Tensor:
+        if tensor.numel() == 0:  # up to torch 2.11 a checkpoint saves one of its own
+            return tensor.detach()
         records = self._copies is not None and torch.cuda.is_current_stream_capturing()
         size = tensor.numel() * tensor.element_size()
         memory = self._for_recording(size) if records else self._for_now(size)
-        parked = _Parked(memory.bytes[:size].view(tensor.dtype).view(tensor.shape), tensor.device, records)
-        if not records:
-            weakref.finalize(parked, self._free.append, memory).atexit = False
+        host = memory.bytes[:size].view(tensor.dtype).view(tensor.shape)
+        parked = _Parked(host, tensor.device, self._copies, records)
+        weakref.finalize(parked, (self._waiting if records else self._free).append, memory).atexit = False
         leaving.append(tensor)
         if self._copies is None:
             parked.host.copy_(tensor.detach())
@@ -87,16 +103,20 @@ class ActivationOffload:
         self._copies.wait_stream(stream)
         with torch.cuda.stream(self._copies):
             parked.host.copy_(tensor.detach(), non_blocking=True)
-        parked.before, self._last[stream] = self._last.get(stream), weakref.ref(parked)
+        kind = (stream, tensor.shape)
+        parked.before, self._last[kind] = self._last.get(kind), weakref.ref(parked)
         return parked
 
-    def _fetch(self, parked: _Parked) -> Tensor:
+    def _fetch(self, parked: _Parked | Tensor) -> Tensor:
+        if isinstance(parked, Tensor):
+            return parked
         if self._copies is None:
             return parked.host.to(parked.device, copy=True)
         tensor, there = parked.ahead or self._send(parked)
-        parked.ahead = None
+        parked.ahead, parked.asked = None, True
         before = None if parked.before is None else parked.before()
-        if before is not None and before.ahead is None and before.recorded == parked.recorded:
+        wanted = before is not None and not before.asked and before.ahead is None
+        if wanted and before.recorded == parked.recorded:
             before.ahead = self._send(before)
         torch.cuda.current_stream(self._device).wait_event(there)
         return tensor
@@ -109,8 +129,6 @@ class ActivationOffload:
             tensor.copy_(parked.host, non_blocking=True)
             there = torch.cuda.Event()
             there.record()
-        if not parked.recorded:
-            tensor.record_stream(self._copies)  # it may be dropped before it is there; a recording runs to its end
         return tensor, there
 
     def _for_now(self, size: int) -> HostMemory:

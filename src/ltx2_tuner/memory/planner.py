@@ -70,7 +70,8 @@ class Footprint:
         # So what one block takes comes on top only where all recompute.
         working = _WORKING * self.kept + _EXPANDED * self.expanded if choice.recomputed == self.blocks else 0
         kept = self.kept * (self.blocks - choice.recomputed)
-        boundaries = self.boundary * (min(choice.recomputed, 2) if choice.offload else choice.recomputed)
+        # Of those on the host, the first block's stays (a leaf), and the backward pass has its own and the next one.
+        boundaries = self.boundary * (min(choice.recomputed, 3) if choice.offload else choice.recomputed)
         # Gradients appear while activations go.
         return working + max(kept + boundaries, 0 if self.gradients_wait else self.gradients)
 

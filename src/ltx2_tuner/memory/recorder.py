@@ -52,6 +52,7 @@ class Recording:
     found: dict[nn.Parameter, Tensor] = field(default_factory=dict)  # gradients that the pass leaves
     forward: Half | None = None
     backward: Half | None = None
+    offload: ActivationOffload | None = None  # whose host memory it names
 
 
 class Recorder:
@@ -83,9 +84,17 @@ class Recorder:
 
     def forget(self) -> None:
         """Begin anew: memory of recordings, which nobody must hold any more, goes with the next `give_back`."""
+        if self.offload is not None:
+            self.offload.forget_recordings()
         self.grads: dict[nn.Parameter, Tensor] = {}
         self.held = 0
         self.pool = torch.cuda.graph_pool_handle()
+
+    @property
+    def offload(self) -> ActivationOffload | None:
+        """What keeps hidden states on the host, if something does."""
+        saved = self.model.transformer_blocks[0].saved_inputs
+        return saved if isinstance(saved, ActivationOffload) else None
 
     def record(self, streams: Streams) -> Recording:
         """A recording that gives what the same pass gives unrecorded.
@@ -158,7 +167,7 @@ class Recorder:
 
     def _recorded(self, streams: Streams, leaves: list[Tensor]) -> Recording:
         copies = tuple(None if modality is None else _copied(modality) for modality in streams)
-        recording = Recording(tensors_of(copies))
+        recording = Recording(tensors_of(copies), offload=self.offload)
         if self.streams == 2 and self.store is not None:
             self.store.run = self.two_streams
         elif self.streams == 2:
@@ -190,8 +199,7 @@ class Recorder:
             for side in sides:
                 side.wait_stream(main)
             store = None if half.before is None else self.store.recording(half.before, main, *sides)
-            saved = self.model.transformer_blocks[0].saved_inputs
-            offload = saved.recording(main) if isinstance(saved, ActivationOffload) else None
+            offload = None if self.offload is None else self.offload.recording(main)
             try:
                 with offload or contextlib.nullcontext(), store or contextlib.nullcontext():
                     yield half

@@ -124,8 +124,8 @@ def test_the_inputs_of_a_checkpointed_block_can_be_kept_elsewhere() -> None:
     assert all(torch.equal(*pair) for pair in zip(actual, expected))
     streams = tiny.inputs(model.config)
     states = [(*modality.latent.shape[:2], width) for modality, width in zip(streams.values(), (32, 16))]
-    assert sorted(kept) == sorted(states * 2)
-    assert sorted(returned) == sorted(states * 2)
+    for shapes in (kept, returned):  # up to torch 2.11 a checkpoint saves an empty tensor, too
+        assert sorted(shape for shape in shapes if shape.numel()) == sorted(states * 2)
 
 
 @pytest.mark.parametrize("mode", ["batch", "query"])
