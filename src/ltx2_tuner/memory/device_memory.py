@@ -24,6 +24,13 @@ def give_back() -> None:
 
 def ran_out(error: BaseException | None) -> bool:
     """Whether memory did, or had before this error: a recording that is cut short may not end properly."""
-    while error is not None and not isinstance(error, torch.OutOfMemoryError):
+    return any(isinstance(one, torch.OutOfMemoryError) for one in chain_of(error))
+
+
+def chain_of(error: BaseException | None) -> list[BaseException]:
+    """An error and all that it came after, the first one last."""
+    chain = []
+    while error is not None:
+        chain.append(error)
         error = error.__context__
-    return error is not None
+    return chain

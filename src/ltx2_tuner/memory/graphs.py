@@ -21,7 +21,7 @@ from collections.abc import Callable, Hashable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ltx2_tuner.memory.device_memory import give_back, ran_out, room
+from ltx2_tuner.memory.device_memory import chain_of, give_back, ran_out, room
 from ltx2_tuner.memory.planner import spare
 from ltx2_tuner.memory.recorder import Copies, Recorder, Recording, Streams, Velocities, copy_all, tensors_of
 from ltx2_tuner.models.transformer import LTXTransformer, Modality
@@ -67,7 +67,7 @@ class TrainingGraphs:
         copies: Copies,
         streams: int = 2,
     ) -> None:
-        self.model, self.parameters, self.state = model, list(parameters), state
+        self.model, self.state = model, state
         self.recorder = Recorder(model, parameters, copies, streams)
         self.recordings: dict[Hashable, Recording] = {}
         self.seen: dict[Hashable, int] = {}
@@ -123,7 +123,8 @@ class TrainingGraphs:
 
     def _key(self, streams: Streams) -> Hashable:
         """What a recording depends on: shapes, dtypes, switches, and where the trained parameters are."""
-        parts: list[Hashable] = [self.parameters[0].data_ptr(), self.parameters[-1].data_ptr(), self.state()]
+        trained = self.recorder.parameters
+        parts: list[Hashable] = [trained[0].data_ptr(), trained[-1].data_ptr(), self.state()]
         parts.append(torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None)
         for modality in streams:
             for spec in () if modality is None else dataclasses.fields(modality):
@@ -226,8 +227,5 @@ def _deposit(recorder: Recorder, recording: Recording, gradients: Sequence[Tenso
 
 def _told(error: BaseException) -> str:
     """What an error says, and what the first one says, which it came after."""
-    first = error
-    while first.__context__ is not None:
-        first = first.__context__
-    last, before = (str(one).partition("\n")[0] for one in (error, first))
-    return last if first is error else f"{last}, after: {before}"
+    said = [str(one).partition("\n")[0] for one in chain_of(error)]
+    return said[0] if len(said) == 1 else f"{said[0]}, after: {said[-1]}"
