@@ -192,13 +192,13 @@ def _line(
         "graphs": graphs is not None and bool(graphs.recordings),
         "sec": seconds and round(seconds, 4),
         "predicted_sec": round(plan.footprint.seconds(plan.choice, plan.speed), 4) if plan and plan.speed else None,
-        "peak_gib": round(torch.cuda.max_memory_allocated(device) / GIB, 2) if on_cuda else None,
+        "peak_gib": train_step.peak_gib(device),
         "reserved_gib": round(torch.cuda.max_memory_reserved(device) / GIB, 2) if on_cuda else None,
         "pool_gib": graphs and round(graphs.held / GIB, 2),  # what recorded passes reserve for themselves
         "loose_gib": round(loose / GIB, 2),
         "predicted_gib": plan and round(plan.predicted / GIB, 2),
         "stepped_down": failures,
-        "gpu": torch.cuda.get_device_name(device) if on_cuda else "cpu",
+        "gpu": train_step.gpu_name(device),
         "torch": torch.__version__,
     }
 

@@ -98,16 +98,11 @@ class PeerStep(train_step.Step):
 
     def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
         self.model = build(args, device)
-        given = train_step.inputs(args, train_step.configuration(args), device)
-        self.inputs = {name: _theirs(modality) for name, modality in given.items()}
-        self.targets = {name: torch.randn_like(one.latent, dtype=torch.float32) for name, one in given.items()}
-        self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, fused=device.type == "cuda")
+        self.begin(args, device, [parameter for parameter in self.model.parameters() if parameter.requires_grad])
+        self.inputs = {name: _theirs(modality) for name, modality in self.inputs.items()}
 
-    def loss(self) -> torch.Tensor:
-        video, audio = self.model(self.inputs["video"], self.inputs["audio"], None)
-        velocities = {"video": video, "audio": audio}
-        return sum((velocities[name].float() - target).square().mean() for name, target in self.targets.items())
+    def velocities(self) -> tuple[Tensor, Tensor]:
+        return self.model(self.inputs["video"], self.inputs["audio"], None)
 
 
 def _theirs(modality: Modality) -> object:
@@ -126,7 +121,6 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
     device = exact(args.device)
     step = PeerStep(args, device)
     seconds = train_step.measure(step, device)
-    on_gpu = device.type == "cuda"
     line = {
         "implementation": f"ltx-core {version('ltx-core')}, peft {version('peft')}",
         "precision": "bf16",
@@ -141,8 +135,8 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
         "lora_dtype": str(step.parameters[0].dtype).removeprefix("torch."),
         "layers": args.layers,
         "sec": round(seconds, 4),
-        "peak_gib": round(torch.cuda.max_memory_allocated(device) / 2**30, 2) if on_gpu else None,
-        "gpu": torch.cuda.get_device_name(device) if on_gpu else "cpu",
+        "peak_gib": train_step.peak_gib(device),
+        "gpu": train_step.gpu_name(device),
         "torch": torch.__version__,
     }
     print(json.dumps(line), flush=True)

@@ -133,7 +133,7 @@ def main(argv: list[str] | None = None) -> None:
     bench = Bench(args, device)
     about = {"precision": args.precision, "blocks_to_swap": args.blocks_to_swap, "recompute": args.recompute}
     about |= {"frames": args.frames, "size": list(args.size), "rank": args.rank, "compiled": bench.plan.compiled}
-    about["gpu"] = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    about["gpu"] = train_step.gpu_name(device)
     for name, options, mode, sound in choices(args.layers):
         seconds, peak = bench.measure(options, mode, sound)
         line = {"regularizers": name, "mode": mode, "sec": round(seconds, 4)}

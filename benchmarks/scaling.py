@@ -59,7 +59,7 @@ def work(rank: int, count: int, port: int, args: argparse.Namespace, shard: bool
     torch.manual_seed(0)  # all processes start from the same adapter
     step = ParallelStep(args, device, shard)
     seconds = measure(step, device)
-    peak = round(torch.cuda.max_memory_allocated(device) / 2**30, 2) if on_cuda else None
+    peak = train_step.peak_gib(device)
     measured: list = [None] * count
     distributed.all_gather_object(measured, (seconds, peak, host_peak_gib()))
     if rank == 0:
@@ -81,7 +81,7 @@ def work(rank: int, count: int, port: int, args: argparse.Namespace, shard: bool
                 "samples_per_sec": round(count / slowest, 4),
                 "peak_gib": [peak for _, peak, _ in measured],
                 "host_peak_gib": [host for *_, host in measured],
-                "gpu": torch.cuda.get_device_name(device) if on_cuda else "cpu",
+                "gpu": train_step.gpu_name(device),
                 "torch": torch.__version__,
             }
         )

@@ -219,15 +219,19 @@ class Step:
     def __init__(self, args: argparse.Namespace, device: torch.device, options: MemoryOptions | None = None) -> None:
         self.options = options or memory_options(args, device)
         self.model, self.network = build(args, device, self.options.blocks_to_swap, self.shards)
-        self.inputs = inputs(args, self.model.config, device)
+        self.begin(args, device, list(self.network.parameters()))
+        self.prepare(args, device)
+
+    def begin(self, args: argparse.Namespace, device: torch.device, parameters: list[nn.Parameter]) -> None:
+        """Inputs, targets, and the optimizer of what is trained."""
+        self.inputs = inputs(args, configuration(args), device)
         self.targets = {
             name: torch.randn_like(modality.latent, dtype=torch.float32)
             for name, modality in self.inputs.items()
             if modality is not None
         }
-        self.parameters = list(self.network.parameters())
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, fused=device.type == "cuda")
-        self.prepare(args, device)
+        self.parameters = parameters
+        self.optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=device.type == "cuda")
 
     def prepare(self, args: argparse.Namespace, device: torch.device) -> None:
         """Recomputation, streaming, compilation and recording."""
@@ -246,9 +250,13 @@ class Step:
     def average(self) -> None:
         """Between backward and clipping; nothing in one process."""
 
+    def velocities(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The model's."""
+        return self.model(self.inputs["video"], self.inputs["audio"])
+
     def loss(self) -> torch.Tensor:
         """Of a forward pass."""
-        velocities = dict(zip(("video", "audio"), self.model(self.inputs["video"], self.inputs["audio"])))
+        velocities = dict(zip(("video", "audio"), self.velocities()))
         return sum((velocities[name].float() - target).square().mean() for name, target in self.targets.items())
 
     def __call__(self) -> torch.Tensor:
@@ -287,6 +295,16 @@ def host_peak_gib() -> float | None:
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
 
 
+def peak_gib(device: torch.device) -> float | None:
+    """The most device memory that tensors have taken, on a GPU."""
+    return round(torch.cuda.max_memory_allocated(device) / 2**30, 2) if device.type == "cuda" else None
+
+
+def gpu_name(device: torch.device) -> str:
+    """What a line says it was measured on."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -318,7 +336,7 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
     if step.options.checkpointing:
         recomputed = args.layers if step.options.recomputed_blocks is None else step.options.recomputed_blocks
     work = flops(config, tokens.get("video", 0), tokens.get("audio", 0)) * (2 + recomputed / args.layers)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    name = gpu_name(device)
     peak = next((value for key, value in PEAK_BF16.items() if key in name), None)
     line = {
         "precision": args.precision,
@@ -338,7 +356,7 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
         "graphs": bool(step.graphs and step.graphs.recordings),
         "streams": args.streams,
         "sec": round(seconds, 4),
-        "peak_gib": round(torch.cuda.max_memory_allocated(device) / 2**30, 2) if device.type == "cuda" else None,
+        "peak_gib": peak_gib(device),
         "host_peak_gib": host_peak_gib(),
         "tflops": round(work / seconds / 1e12, 1),
         "mfu": round(work / seconds / peak, 3) if peak else None,

@@ -32,3 +32,22 @@ def test_the_same_matrices_are_trained_as_in_our_step() -> None:
     assert shapes[0] == shapes[1]
     theirs.loss().backward()
     assert all(parameter.grad.isfinite().all() for parameter in theirs.parameters)
+
+
+def test_each_block_is_compiled_and_recomputed_where_asked() -> None:
+    def step(*more: str) -> peers.PeerStep:
+        args = peers.parse_arguments([*SMALL, *more])
+        args.mode = "av"
+        return peers.PeerStep(args, torch.device("cpu"))
+
+    def kept(made: peers.PeerStep) -> int:
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: sizes.append(tensor.numel()), lambda none: none):
+            made.loss()
+        return sum(sizes)
+
+    plain, compiled, recomputed = step(), step("--compile"), step("--recompute", "full")
+    for made, expected in ((plain, False), (compiled, True)):
+        blocks = made.model.base_model.model.transformer_blocks
+        assert [block._compiled_call_impl is not None for block in blocks] == [expected] * 2
+    assert kept(recomputed) < 0.5 * kept(plain)
