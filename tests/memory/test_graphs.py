@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 
 import pytest
 import torch
 
 from ltx2_tuner.lora import LoRANetwork, Targets, select_layers
+from ltx2_tuner.memory import recorder
 from ltx2_tuner.memory.options import CompileOptions, MemoryOptions
 from ltx2_tuner.memory.prepare import prepare_model
+from ltx2_tuner.memory.recorder import copy_all
 from ltx2_tuner.models.transformer import LTXTransformer
+from ltx2_tuner.models.transformer.tokens import video_positions
 from ltx2_tuner.training.acceleration import accelerate
 from tests.memory import blocks
 from tests.models.transformer import tiny
@@ -112,6 +116,33 @@ def test_streamed_passes_are_recorded_with_their_copies(weights: str, how: str) 
                 with torch.no_grad():
                     model(**streams)
         assert len(graphs.recordings) == 1
+
+
+def test_gradients_handed_from_stream_to_stream_are_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Autograd has the allocator keep them until a recording ends: a hidden state of the picture for each block."""
+    layers, tokens, lost = 8, 4 * 32 * 32, []
+    model = tiny.model(num_layers=layers).cuda()
+    network = LoRANetwork(select_layers(model, Targets("av", "t2v")), 4).cuda().train()
+    network.attach(model.train())
+    streams = tiny.inputs(model.config, per_token=False)
+    long = {"latent": torch.randn(2, tokens, 8), "positions": video_positions(4, 32, 32, 25.0, batch=2)}
+    streams["video"] = dataclasses.replace(streams["video"], **long)
+    streams = {name: tiny.to(modality, "cuda") for name, modality in streams.items()}
+    compilation = CompileOptions(enabled=True, backend="aot_eager")
+    plan = prepare_model(model, MemoryOptions(checkpointing=True), compilation, torch.device("cuda"))
+    graphs = accelerate(model, network, plan, torch.float32)
+
+    def watch(*arguments: object) -> None:
+        if torch.cuda.is_current_stream_capturing():  # what nobody holds and nobody is given, near the end
+            stats = torch.cuda.memory_stats()
+            lost.append(stats["active_bytes.all.current"] - stats["allocated_bytes.all.current"])
+        copy_all(*arguments)
+
+    monkeypatch.setattr(recorder, "copy_all", watch)
+    for _ in range(3):
+        gradients(model, network, streams)
+    assert len(graphs.recordings) == 1 and len(lost) == 1
+    assert lost[0] < 2 * tokens * model.config.video_width * 4
 
 
 @pytest.mark.parametrize("masters", [torch.float32, torch.bfloat16])

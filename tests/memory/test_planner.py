@@ -118,7 +118,7 @@ def test_a_forward_pass_computes_what_was_counted():
         (43.5, "dense", False, "all"),
         (24, "dense", True, "all"),
         (22, "fp8", True, "all"),
-        (20, "nf4", False, "all"),
+        (19, "nf4", False, "all"),
         (11.2, "fp8", True, "all"),
         (11.2, "nf4", True, "all"),
     ],
@@ -216,18 +216,18 @@ def test_a_plan_leaves_room_to_record_its_passes() -> None:
     for gib in (11.2, 16, 24, 32, 48):
         plan = settle(MemoryOptions(), footprint, gib * GIB, FAST_LINK)
         activations = footprint.activations(plan.choice)
-        assert plan.fits and plan.predicted + spare(1.05 * activations) + 2.4 * GIB <= gib * GIB
+        assert plan.fits and plan.predicted + spare(1.05 * activations) + 1.4 * GIB <= gib * GIB
 
 
 def test_hidden_copies_pay_for_kept_activations() -> None:
     """Between full recomputation with all blocks resident and none at all."""
     footprint = full_size("av", "fp8")
-    plain, plan = (settle(MemoryOptions(), footprint, 28 * GIB, speed) for speed in (None, GAMING))
+    plain, plan = (settle(MemoryOptions(), footprint, 27 * GIB, speed) for speed in (None, GAMING))
     assert plain.choice.streamed == 0 and plan.choice.streamed > 20
     assert plan.choice.recomputed < plain.choice.recomputed
     assert footprint.seconds(plan.choice, GAMING) < 0.9 * footprint.seconds(plain.choice, GAMING)
-    assert settle(MemoryOptions(blocks_to_swap=0), footprint, 28 * GIB, GAMING).choice == plain.choice
-    assert settle(MemoryOptions(), footprint, 28 * GIB, GAMING, host=0).choice == plain.choice
+    assert settle(MemoryOptions(blocks_to_swap=0), footprint, 27 * GIB, GAMING).choice == plain.choice
+    assert settle(MemoryOptions(), footprint, 27 * GIB, GAMING, host=0).choice == plain.choice
 
 
 @pytest.mark.parametrize("weights", ["dense", "fp8", "nf4"])

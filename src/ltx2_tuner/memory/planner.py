@@ -17,7 +17,7 @@ from ltx2_tuner.memory.speed import Speed
 
 _GIB = 2**30
 # CUDA context, library workspaces, one expanded matrix, fragmentation; and what a recorded pass reserves on top.
-_RESERVE, _RECORDED = 0.8 * _GIB, 1.6 * _GIB
+_RESERVE, _RECORDED = 0.8 * _GIB, 0.6 * _GIB
 _FRAGMENTED = 0.05  # of the activations: gaps between them
 # What the backward pass of a recomputed block takes, in what a block keeps that is not: its activations, gradients of
 # them, expanded weights. The full-size model took 1.2 to 1.9 (docs/benchmarks.md).

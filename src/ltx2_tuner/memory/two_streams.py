@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from ltx2_tuner.models.transformer.block import BasicAVTransformerBlock
 from ltx2_tuner.models.transformer.model import run_block
@@ -39,7 +40,8 @@ class TwoStreams:
         main.wait_stream(side)
         with opening.closing():
             with torch.cuda.stream(side):
-                audio = block.close_audio(*opened[::-1], audio_inputs, video_inputs, None, recompute=recompute)
+                lent = _Lent.apply(video, self.kept, index)
+                audio = block.close_audio(audio, lent, audio_inputs, video_inputs, None, recompute=recompute)
             video = block.close_video(*opened, video_inputs, audio_inputs, None, recompute=recompute)
         main.wait_stream(side)
         # Nobody reads any more, now that the streams have met, what will be made anew for the backward pass or comes
@@ -56,3 +58,22 @@ class TwoStreams:
         main.wait_stream(self.side)
         for later in [other for other in self.kept if other > index]:
             del self.kept[later]
+
+
+class _Lent(torch.autograd.Function):
+    """The picture as the sound's stream reads it, whose gradient, made on that stream, is kept until the streams meet.
+
+    Autograd has the allocator watch what it hands from one stream to another, and what is watched while a graph is
+    recorded is given out again only when that is over: a hidden state of the picture would be lost for each block. What
+    came through DLPack is not the allocator's to watch.
+    """
+
+    @staticmethod
+    def forward(ctx, video: Tensor, kept: dict[int, list[object]], index: int) -> Tensor:
+        ctx.kept, ctx.index = kept, index
+        return video
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        ctx.kept[ctx.index].append(grad)
+        return from_dlpack(to_dlpack(grad)), None, None
