@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import collections
 import threading
 
 import pytest
 import torch
 
-from ltx2_tuner.checkpoint import Checkpoint, load_transformer, write_tiny_checkpoint
+from ltx2_tuner.checkpoint import Checkpoint, load_transformer, read_ahead, write_tiny_checkpoint
 from ltx2_tuner.checkpoint.read_ahead import ReadAhead
 from ltx2_tuner.errors import UserError
 
@@ -26,6 +27,10 @@ class Recording(Checkpoint):
     def read(self, name, device="cpu", dtype=None):
         self.reads.append((name, threading.current_thread().name))
         return super().read(name, device, dtype)
+
+    def fill(self, name, tensor, start=0, stop=None):
+        self.reads.append((name, threading.current_thread().name))
+        super().fill(name, tensor, start, stop)
 
 
 def opened(path) -> Recording:
@@ -64,6 +69,17 @@ def test_no_more_is_read_ahead_than_the_limit(path):
             assert sum(checkpoint.entry(each).nbytes for each in started) <= limit
     with ReadAhead(checkpoint, [(name, CPU) for name in names], 0) as ahead:  # each is larger than that
         assert all(torch.equal(ahead.read(name, CPU), Checkpoint.read(checkpoint, name)) for name in names)
+
+
+def test_several_threads_read_one_large_tensor(path, monkeypatch):
+    monkeypatch.setattr(read_ahead, "PART_BYTES", 100)
+    checkpoint = opened(path)
+    names = checkpoint.names("model.diffusion_model.transformer_blocks.")
+    with ReadAhead(checkpoint, [(name, CPU) for name in names]) as ahead:
+        for name in names:
+            assert torch.equal(ahead.read(name, CPU), Checkpoint.read(checkpoint, name))
+    parts = collections.Counter(name for name, _ in checkpoint.reads)
+    assert parts == {name: -(-checkpoint.entry(name).nbytes // 100) for name in names}
 
 
 @pytest.mark.parametrize("variant", ["av", "video"])

@@ -89,6 +89,16 @@ class Checkpoint:
         location = self._locations[name]
         return location.file.read(location.name, device, dtype)
 
+    def reserve(self, name: str, device: str | torch.device = "cpu") -> torch.Tensor:
+        """Memory for a tensor by its canonical name (SafetensorsFile.reserve)."""
+        location = self._locations[name]
+        return location.file.reserve(location.name, device)
+
+    def fill(self, name: str, tensor: torch.Tensor, start: int = 0, stop: int | None = None) -> None:
+        """Read some bytes of a tensor by its canonical name (SafetensorsFile.fill)."""
+        location = self._locations[name]
+        location.file.fill(location.name, tensor, start, stop)
+
     def read_range(self, name: str, start: int, length: int) -> bytes:
         """Raw bytes of a tensor by its canonical name (SafetensorsFile.read_range)."""
         location = self._locations[name]

@@ -15,14 +15,15 @@ from ltx2_tuner.checkpoint.checkpoint import Checkpoint
 
 THREADS = 8
 AHEAD_BYTES = 256 << 20
+PART_BYTES = 32 << 20  # that one thread reads at a time: the largest matrices take half of what is read ahead
 
 
 class _Started(NamedTuple):
     """A tensor that is being read, or waits to be taken."""
 
     wanted: tuple[str, torch.device]
-    nbytes: int
-    tensor: Future[Tensor]
+    tensor: Tensor
+    parts: list[Future[None]]
 
 
 class ReadAhead:
@@ -60,10 +61,11 @@ class ReadAhead:
         if not self._started or self._started[0].wanted != (name, device):
             return self.checkpoint.read(name, device, dtype)
         taken = self._started.popleft()
-        self._bytes -= taken.nbytes
+        self._bytes -= taken.tensor.nbytes
         self._start()
-        tensor = taken.tensor.result()
-        return tensor if dtype is None else tensor.to(dtype)
+        for part in taken.parts:
+            part.result()
+        return taken.tensor if dtype is None else taken.tensor.to(dtype)
 
     def _start(self) -> None:
         while self._wanted:
@@ -72,4 +74,9 @@ class ReadAhead:
                 return
             wanted = self._wanted.popleft()
             self._bytes += nbytes
-            self._started.append(_Started(wanted, nbytes, self._threads.submit(self.checkpoint.read, *wanted)))
+            tensor = self.checkpoint.reserve(*wanted)
+            parts = [
+                self._threads.submit(self.checkpoint.fill, wanted[0], tensor, start, min(start + PART_BYTES, nbytes))
+                for start in range(0, nbytes, PART_BYTES)
+            ]
+            self._started.append(_Started(wanted, tensor, parts))

@@ -90,22 +90,34 @@ class SafetensorsFile:
             KeyError: no such tensor.
             UserError: the file became shorter since it was opened, or is another one now.
         """
+        tensor = self.reserve(name, device)
+        self.fill(name, tensor)
+        return tensor if dtype is None else tensor.to(dtype)
+
+    def reserve(self, name: str, device: str | torch.device = "cpu") -> torch.Tensor:
+        """Memory for the tensor `name`, for `fill`."""
         entry = self.tensors[name]
-        device = torch.device(device)
-        if device.type == "meta":
-            return torch.empty(entry.shape, dtype=dtype or entry.dtype, device=device)
-        raw = torch.empty(entry.nbytes, dtype=torch.uint8, device=device)
+        return torch.empty(entry.shape, dtype=entry.dtype, device=device)
+
+    def fill(self, name: str, tensor: torch.Tensor, start: int = 0, stop: int | None = None) -> None:
+        """Read the bytes from `start` to `stop` of the tensor `name` into what `reserve` gave.
+
+        Raises:
+            UserError: as `read`.
+        """
+        if tensor.device.type == "meta":
+            return
+        raw = tensor.reshape(-1).view(torch.uint8)[start:stop]
+        position = self.tensors[name].start + start
         with self._reader() as reader:
-            if device.type == "cuda":
-                reader.staging = reader.staging or _PinnedStaging(device)
-                reader.staging.fill(raw, lambda offset, view: self._read_into(reader, entry.start + offset, view))
+            if raw.device.type == "cuda":
+                reader.staging = reader.staging or _PinnedStaging(raw.device)
+                reader.staging.fill(raw, lambda offset, view: self._read_into(reader, position + offset, view))
             else:
-                host = raw if device.type == "cpu" else torch.empty(entry.nbytes, dtype=torch.uint8)
-                self._read_into(reader, entry.start, memoryview(host.numpy()))
+                host = raw if raw.device.type == "cpu" else torch.empty_like(raw, device="cpu")
+                self._read_into(reader, position, memoryview(host.numpy()))
                 if host is not raw:
                     raw.copy_(host)
-        tensor = raw.view(entry.dtype).reshape(entry.shape)
-        return tensor if dtype is None else tensor.to(dtype)
 
     def read_range(self, name: str, start: int, length: int) -> bytes:
         """Up to `length` raw bytes of a tensor from its byte `start` on; fewer where the tensor ends."""
