@@ -4,7 +4,9 @@ python benchmarks/start_up.py --runs 2 -- --ltx2_checkpoint ltx-2.3.safetensors 
     --output_dir output --fp8_base --fp8_scaled --mixed_precision bf16
 
 The flags after -- are the trainer's. One JSON line a run; the second finds the checkpoint in the page cache.
-`weights_gib` is the size of the transformer's weights in the precision of the run, `host_share` the peak over it.
+`weights_gib` is the size of the transformer's weights in the precision of the run, `host_share` the peak over it. The
+seconds count from the command to the beginning and the end of reading, the end of the rehearsal, the first step and the
+end.
 """
 
 from __future__ import annotations
@@ -28,26 +30,34 @@ from ltx2_tuner.cli.ltx2_train_network import build_parser
 from ltx2_tuner.memory.sizes import weight_sizes
 from ltx2_tuner.models.transformer import LTXTransformer, TransformerConfig
 
+SIGNS = {  # what the trainer says, and the name of the second in which it says it
+    "transformer:   0%": "reading_sec",
+    "transformer: 100%": "read_sec",
+    "rehearsed the largest batch": "rehearsed_sec",
+    "avr_loss": "first_step_sec",
+}
 SCRIPT = Path(__file__).resolve().parent.parent / "ltx2_train_network.py"
 _GIB = 2**30
 
 
 def measure(flags: list[str]) -> dict[str, object]:
     """One run of one step."""
-    start, first, recent = time.perf_counter(), None, ""
+    start, recent = time.perf_counter(), ""
+    seconds: dict[str, float | None] = dict.fromkeys(SIGNS.values())
 
     def hear(piece: str) -> None:
-        nonlocal first, recent
+        nonlocal recent
         recent = (recent + piece)[-40:]
-        if first is None and "avr_loss" in recent:
-            first = time.perf_counter() - start
+        for sign, name in SIGNS.items():
+            if seconds[name] is None and recent.endswith(sign):
+                seconds[name] = round(time.perf_counter() - start, 2)
 
     outcome = run_watched([sys.executable, str(SCRIPT), *flags, "--max_train_steps", "1"], hear)
     if outcome.status:
         sys.stderr.write(outcome.error_text[-2000:])
     weights = weight_bytes(flags)
     return {
-        "first_step_sec": None if first is None else round(first, 2),
+        **seconds,
         "total_sec": round(outcome.seconds, 2),
         **outcome.memory(),
         "weights_gib": round(weights / _GIB, 2),

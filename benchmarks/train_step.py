@@ -115,9 +115,7 @@ def build(
         if shards is not None:
             shards.take(index, block)
     layers = select_layers(model, Targets(args.mode, "audio" if args.mode == "audio" else "t2v"))
-    network = LoRANetwork(layers, args.rank).to(device)
-    if args.lora_dtype == "bfloat16":
-        network.to(torch.bfloat16)
+    network = LoRANetwork(layers, args.rank).to(device, getattr(torch, args.lora_dtype))
     network.set_compute_dtype(torch.bfloat16)
     for _, adapter in network.adapters():
         torch.nn.init.normal_(adapter.lora_up.weight, std=0.01)
