@@ -48,6 +48,7 @@ def full_size(mode: str, weights: str = "dense", low: bool = False) -> Footprint
         rest=sizes.rest,
         trained=values * (6 if low else 14),
         gradients=values * (2 if low else 4),
+        passing=values * 2,
         kept=kept_bytes(CONFIG, shape, 2),
         boundary=boundary_bytes(CONFIG, shape, 2),
         expanded=sizes.expanded,

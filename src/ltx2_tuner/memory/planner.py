@@ -44,11 +44,11 @@ class Footprint:
     """What a run needs, in bytes.
 
     block: one block's frozen weights; rest: weights outside of blocks; trained: adapters and optimizer state;
-    gradients: of the adapters; gradients_wait: whether those of one pass are there while the next one runs; kept:
-    activations of a block that is not recomputed; boundary: what stays of one that is; expanded: a block's stored
-    matrices when they are dense; forward: the work of a forward pass, in bf16's floating point operations; apart: how
-    many times as long it takes where blocks are streamed, because weights that come and go multiply by themselves;
-    shards: processes that each keep a part of every block.
+    gradients: of the adapters; passing: the same as a pass finds them, before they are cast; gradients_wait: whether
+    those of one pass are there while the next one runs; kept: activations of a block that is not recomputed; boundary:
+    what stays of one that is; expanded: a block's stored matrices when they are dense; forward: the work of a forward
+    pass, in bf16's floating point operations; apart: how many times as long it takes where blocks are streamed, because
+    weights that come and go multiply by themselves; shards: processes that each keep a part of every block.
     """
 
     blocks: int
@@ -56,6 +56,7 @@ class Footprint:
     rest: int
     trained: int
     gradients: int = 0
+    passing: int = 0
     gradients_wait: bool = False
     kept: int = 0
     boundary: int = 0
@@ -72,8 +73,9 @@ class Footprint:
         kept = self.kept * (self.blocks - choice.recomputed)
         # Of those on the host, the first block's stays (a leaf), and the backward pass has its own and the next one.
         boundaries = self.boundary * (min(choice.recomputed, 3) if choice.offload else choice.recomputed)
-        # Gradients appear while activations go.
-        return working + max(kept + boundaries, 0 if self.gradients_wait else self.gradients)
+        # Gradients appear while activations go, and are cast when these are gone.
+        during, after = working + max(kept + boundaries, self.passing), self.passing
+        return max(during, after if self.gradients_wait else after + self.gradients)
 
     def reserve(self, choice: Choice) -> float:
         """Bytes that stay free: for CUDA itself, and what the recording of a pass has to leave to others."""

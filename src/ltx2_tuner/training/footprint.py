@@ -113,6 +113,7 @@ def footprint_of(
         rest=sizes.rest,
         trained=values * (adapter_dtype.itemsize + copies) + moment_bytes(optimizer, values, adapter_dtype.itemsize),
         gradients=values * adapter_dtype.itemsize,
+        passing=values * dtype.itemsize,
         kept=kept_bytes(model.config, shape, dtype.itemsize),
         boundary=boundary_bytes(model.config, shape, dtype.itemsize),
         expanded=sizes.expanded,
