@@ -189,6 +189,7 @@ def _line(
         "streamed": plan and plan.options.blocks_to_swap,
         "recomputed": plan and plan.options.recomputed_blocks,
         "ring": plan.options.ring if plan and plan.choice.streamed else 0,
+        "offload": plan and plan.choice.offload,
         "graphs": graphs is not None and bool(graphs.recordings),
         "sec": seconds and round(seconds, 4),
         "predicted_sec": round(plan.footprint.seconds(plan.choice, plan.speed), 4) if plan and plan.speed else None,
