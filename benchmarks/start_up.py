@@ -6,13 +6,14 @@ python benchmarks/start_up.py --runs 2 -- --ltx2_checkpoint ltx-2.3.safetensors 
 The flags after -- are the trainer's. One JSON line a run; the second finds the checkpoint in the page cache.
 `weights_gib` is the size of the transformer's weights in the precision of the run, `host_share` the peak over it. The
 seconds count from the command to the beginning and the end of reading, the end of the rehearsal, the first step and the
-end.
+end; `rehearsal` is what the trainer says of it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -56,8 +57,10 @@ def measure(flags: list[str]) -> dict[str, object]:
     if outcome.status:
         sys.stderr.write(outcome.error_text[-2000:])
     weights = weight_bytes(flags)
+    said = re.search("rehearsed the largest batch: (.*)", outcome.error_text)
     return {
         **seconds,
+        "rehearsal": said and said[1],
         "total_sec": round(outcome.seconds, 2),
         **outcome.memory(),
         "weights_gib": round(weights / _GIB, 2),

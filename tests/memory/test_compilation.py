@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -66,3 +68,16 @@ def test_a_user_is_not_reminded_of_what_has_been_checked(caplog: pytest.LogCaptu
     compile_blocks(model.transformer_blocks[:1], backend="aot_eager")
     gradients(model, network)
     assert "context_fn" not in caplog.text
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_the_compiler_is_imported_while_files_are_read(wanted: bool) -> None:
+    program = (
+        "import sys\n"
+        "from ltx2_tuner.memory.compilation import compiler_imported_meanwhile\n"
+        f"with compiler_imported_meanwhile({wanted}):\n"
+        "    pass\n"
+        "print('torch._inductor.compile_fx' in sys.modules)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == str(wanted)

@@ -8,7 +8,11 @@ compilations in its cache directory for later runs, as long as each graph is of 
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import logging
+import threading
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -31,6 +35,25 @@ def compiler_works(device: torch.device) -> bool:
     except (ImportError, OSError, RuntimeError):
         return False
     return torch.cuda.get_device_capability(device) >= (7, 0)
+
+
+@contextlib.contextmanager
+def compiler_imported_meanwhile(wanted: bool) -> Iterator[None]:
+    """Within the block, which reads files, a thread imports what compiles: one to five seconds of the first step."""
+    if not wanted:
+        yield
+        return
+    thread = threading.Thread(target=_import_compiler, name="compiler", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
+
+
+def _import_compiler() -> None:
+    with contextlib.suppress(ImportError):  # whoever compiles is told
+        importlib.import_module("torch._inductor.compile_fx")
 
 
 def compile_blocks(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -138,10 +139,12 @@ def _tightened(arrangement: Arrangement, by: float) -> bool:
 def _attempt(trainer: Trainer, batch: dict, arrangement: Arrangement, optimizer: str) -> str | None:
     """None, or what the device said. The error itself would keep everything alive that the pass had made."""
     device, accumulates = trainer.run.device, trainer.run.loop.accumulation > 1
+    start, first = time.perf_counter(), None
     try:
         with _optimizer_state(trainer, optimizer):
             for _ in range(PASSES if arrangement.graphs is not None else 1 + accumulates):
                 trainer.rehearse(batch)
+                first = first or time.perf_counter() - start
                 if not accumulates:  # else the gradients of a step's first pass are there during its second
                     trainer.run.optimizer.zero_grad(set_to_none=True)
     except torch.OutOfMemoryError as error:
@@ -151,7 +154,9 @@ def _attempt(trainer: Trainer, batch: dict, arrangement: Arrangement, optimizer:
     if device.type == "cuda":
         planned = "" if arrangement.plan is None else f" (planned {arrangement.plan.predicted / _GIB:.1f})"
         logger.info(
-            "rehearsed the largest batch: peak %.1f GiB%s, %.1f GiB reserved",
+            "rehearsed the largest batch: %.0f s, %.0f of them the first pass, peak %.1f GiB%s, %.1f GiB reserved",
+            time.perf_counter() - start,
+            first,
             torch.cuda.max_memory_allocated(device) / _GIB,
             planned,
             torch.cuda.max_memory_reserved(device) / _GIB,

@@ -1,0 +1,23 @@
+"""Where torch keeps what it compiles."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+_SETTING = "TORCHINDUCTOR_CACHE_DIR"
+
+
+def keep_compilations() -> None:
+    """Have torch keep it in the user's cache folder. What the user has set stays.
+
+    torch's own choice is the folder for temporary files, which most systems other than Windows empty when they start,
+    and the first run after that would compile anew. Call it before anything is compiled.
+    """
+    home, caches = os.environ.get("HOME"), os.environ.get("XDG_CACHE_HOME")
+    if os.name == "nt" or _SETTING in os.environ or not (home or caches):
+        return
+    folder = Path(caches or f"{home}/.cache") / "ltx2-tuner" / "compiled"
+    there = next(each for each in (folder, *folder.parents) if each.exists())
+    if folder.is_absolute() and os.access(there, os.W_OK):
+        os.environ[_SETTING] = str(folder)
