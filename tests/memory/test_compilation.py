@@ -71,11 +71,11 @@ def test_a_user_is_not_reminded_of_what_has_been_checked(caplog: pytest.LogCaptu
 
 
 @pytest.mark.parametrize("wanted", [True, False])
-def test_the_compiler_is_imported_while_files_are_read(wanted: bool) -> None:
+def test_the_compiler_is_made_ready_while_files_are_read(wanted: bool) -> None:
     program = (
         "import sys\n"
-        "from ltx2_tuner.memory.compilation import compiler_imported_meanwhile\n"
-        f"with compiler_imported_meanwhile({wanted}):\n"
+        "from ltx2_tuner.memory.compilation import compiler_made_ready\n"
+        f"with compiler_made_ready({wanted}):\n"
         "    pass\n"
         "print('torch._inductor.compile_fx' in sys.modules)\n"
     )

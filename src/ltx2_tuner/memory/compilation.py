@@ -38,12 +38,16 @@ def compiler_works(device: torch.device) -> bool:
 
 
 @contextlib.contextmanager
-def compiler_imported_meanwhile(wanted: bool) -> Iterator[None]:
-    """Within the block, which reads files, a thread imports what compiles: one to five seconds of the first step."""
+def compiler_made_ready(wanted: bool) -> Iterator[None]:
+    """Within the block, which reads files, a thread imports what compiles, and has its processes start.
+
+    That takes seconds of the first step. Left to torch, it begins when the first graph has been traced, and until the
+    processes are there kernels are compiled one by one.
+    """
     if not wanted:
         yield
         return
-    thread = threading.Thread(target=_import_compiler, name="compiler", daemon=True)
+    thread = threading.Thread(target=_make_compiler_ready, name="compiler", daemon=True)
     thread.start()
     try:
         yield
@@ -51,8 +55,9 @@ def compiler_imported_meanwhile(wanted: bool) -> Iterator[None]:
         thread.join()
 
 
-def _import_compiler() -> None:
+def _make_compiler_ready() -> None:
     with contextlib.suppress(ImportError):  # whoever compiles is told
+        getattr(importlib.import_module("torch._inductor.async_compile"), "maybe_warm_pool", lambda: None)()
         importlib.import_module("torch._inductor.compile_fx")
 
 

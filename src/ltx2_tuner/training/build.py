@@ -17,7 +17,7 @@ from ltx2_tuner.checkpoint.precision import PrecisionOptions, effective_format
 from ltx2_tuner.checkpoint.transformer_loader import OnBlock
 from ltx2_tuner.data.batches import TrainingData, ValidationData
 from ltx2_tuner.lora.build import build_network, optimizer_groups, target_of
-from ltx2_tuner.memory.compilation import compiler_imported_meanwhile
+from ltx2_tuner.memory.compilation import compiler_made_ready
 from ltx2_tuner.memory.planner import Plan
 from ltx2_tuner.memory.prepare import host_blocks
 from ltx2_tuner.memory.sharding import BlockShards
@@ -182,7 +182,7 @@ def _arrange(
     hosts = host_blocks(sources.model.num_layers, config.memory, device)
     keeper = shards or hosts
     compiles = device.type == "cuda" and config.compilation.enabled is not False
-    with compiler_imported_meanwhile(compiles):
+    with compiler_made_ready(compiles):
         base = _load_model(config, sources, device, None if keeper is None else keeper.take)
     model = base.transformer
     network = build_network(
