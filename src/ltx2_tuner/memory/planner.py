@@ -32,6 +32,7 @@ _RINGS = (3, 2)
 # What a choice has to save of a step before blocks are streamed that need not be, and before some blocks recompute and
 # others do not: each kind is compiled by itself.
 _STREAMING, _MIXTURE = 0.03, 0.05
+SMALLER = "use fp8 or nf4 weights, --optimizer_type AdamW8bit, a smaller resolution or shorter clips"
 
 
 def spare(needed: float) -> float:
@@ -311,9 +312,8 @@ def _table(
     # How fast the cards read each other is not measured.
     if speed is not None and footprint.forward and footprint.shards == 1:
         lines.append(f"  {'predicted':<32}{footprint.seconds(choice, speed):8.2f} s/step")
-    smaller = "use fp8 or nf4 weights, a smaller resolution or shorter clips"
     if not _fits(parts, budget):
-        lines.append(f"  this does not fit: {smaller}")
+        lines.append(f"  this does not fit: {SMALLER}")
     elif rows["sum"] > budget:
-        lines.append(f"  passes may have no room to be recorded, and take several times as long: {smaller}")
+        lines.append(f"  passes may have no room to be recorded, and take several times as long: {SMALLER}")
     return "\n".join(lines)

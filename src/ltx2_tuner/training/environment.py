@@ -12,7 +12,7 @@ import torch
 from ltx2_tuner.checkpoint.precision import effective_format
 from ltx2_tuner.errors import UserError
 from ltx2_tuner.memory.options import MemoryOptions
-from ltx2_tuner.memory.planner import Footprint, settle
+from ltx2_tuner.memory.planner import SMALLER, Footprint, settle
 from ltx2_tuner.training.footprint import estimate
 
 if TYPE_CHECKING:
@@ -103,8 +103,8 @@ def fitting(label: str, options: MemoryOptions, footprint: Footprint, budget: fl
     choice = plan.choice
     if not plan.fits:
         return (
-            f"{label}: does not fit, {plan.predicted / _GIB:.1f} GiB even with --blocks_to_swap {choice.streamed}; use "
-            "fp8 or nf4 weights, a smaller resolution or shorter clips"
+            f"{label}: does not fit, {plan.predicted / _GIB:.1f} GiB even with --blocks_to_swap {choice.streamed}; "
+            f"{SMALLER}"
         )
     how = "no recomputation"
     if choice.recomputed:
