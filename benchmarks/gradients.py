@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import train_step
+from ltx2_tuner.cli.allocator import keep_memory_in_one_piece
 
 PASSES = 5  # the fast pass is recorded in the third one and replayed from then on
 
@@ -51,6 +52,7 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
     parser.add_argument("--against", choices=tuple(train_step.PRECISIONS))
     own, rest = parser.parse_known_args(argv)
     args = train_step.parse_arguments(rest)
+    keep_memory_in_one_piece()  # as the trainer does
     against = own.against or args.precision
     plain, _ = gradients(train_step.parse_arguments([*rest, "--precision", against, "--no-compile", "--no-joint"]), 1)
     fast, recorded = gradients(args, PASSES)
@@ -67,7 +69,7 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
         "cosine": round(torch.nn.functional.cosine_similarity(first, second, dim=0).item(), 6),
         "worst_cosine": round(min(cosines), 6),
         "norm_ratio": round((first.norm() / second.norm()).item(), 5),
-        "gpu": torch.cuda.get_device_name() if args.device.startswith("cuda") else "cpu",
+        "gpu": train_step.gpu_name(torch.device(args.device)),
         "torch": torch.__version__,
     }
     print(json.dumps(line), flush=True)

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import torch
 import train_step
 
+from ltx2_tuner.cli.allocator import keep_memory_in_one_piece
 from ltx2_tuner.memory.options import CompileOptions, MemoryOptions
 from ltx2_tuner.memory.prepare import prepare_model
 from ltx2_tuner.models.transformer.tokens import audio_latent_length
@@ -123,12 +124,12 @@ class Bench:
             train_step._synchronize(self.device)
             if number >= warm_up:
                 times.append(time.perf_counter() - start)
-        peak = torch.cuda.max_memory_allocated(self.device) / 2**30 if self.device.type == "cuda" else None
-        return statistics.median(times), peak
+        return statistics.median(times), train_step.peak_gib(self.device)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = train_step.parse_arguments(argv)
+    keep_memory_in_one_piece()  # as the trainer does
     device = torch.device(args.device)
     bench = Bench(args, device)
     about = {"precision": args.precision, "blocks_to_swap": args.blocks_to_swap, "recompute": args.recompute}
@@ -136,8 +137,7 @@ def main(argv: list[str] | None = None) -> None:
     about["gpu"] = train_step.gpu_name(device)
     for name, options, mode, sound in choices(args.layers):
         seconds, peak = bench.measure(options, mode, sound)
-        line = {"regularizers": name, "mode": mode, "sec": round(seconds, 4)}
-        line["peak_gib"] = None if peak is None else round(peak, 2)
+        line = {"regularizers": name, "mode": mode, "sec": round(seconds, 4), "peak_gib": peak}
         print(json.dumps(line | about), flush=True)
 
 

@@ -26,6 +26,7 @@ from torch import distributed, multiprocessing
 
 from benchmarks import train_step
 from benchmarks.train_step import Step, host_peak_gib, measure
+from ltx2_tuner.cli.allocator import keep_memory_in_one_piece
 from ltx2_tuner.memory.sharding import BlockShards, Peers
 from ltx2_tuner.training.window import Gradients
 
@@ -97,6 +98,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, object]]:
     parser.add_argument("--shard", action="store_true", help="spread the frozen blocks over the processes")
     own, rest = parser.parse_known_args(argv)
     args = train_step.parse_arguments(rest)
+    keep_memory_in_one_piece()  # as the trainer does; all processes inherit it
     if own.shard and args.blocks_to_swap:
         parser.error("--shard and --blocks_to_swap exclude each other")
     start = multiprocessing.get_context("spawn")
