@@ -79,79 +79,11 @@ def build(
     plan = plan_memory(config, sources, processes)
     config = settled(config, plan)
     arranged = _arrange(config, sources, processes, plan, stays=not getattr(sampler, "offloads", False))
-    model, network, arrangement = arranged.model, arranged.network, arranged.arrangement
-    data = sources.training.loader(
-        rank=processes.rank,
-        world_size=processes.count,
-        workers=config.workers,
-        persistent_workers=config.persistent_workers,
-        pin_memory=device.type == "cuda",
-    )
-    loop = _settle_length(config.loop, len(data))
-    mode, autocast = _make_mode(config, sources, device, blank), _autocast(device, config.mixed_precision)
-    setting = Setting(
-        model=model,
-        network=network,
-        mode=mode,
-        device=device,
-        autocast=autocast,
-        seed=loop.seed,
-        steps=loop.max_steps,
-        learning_rate=config.optimizer.learning_rate,
-        output_dir=config.save.output_dir,
-        cache_directory=config.data.datasets[0].cache_directory if config.data.datasets else config.save.output_dir,
-    )
-    regularizers = make_regularizers(config.regularizers, setting, prompts)
-    optimizer, group_names = _make_optimizer(config, network, regularizers)
-    scheduler = create_scheduler(optimizer, config.scheduler, loop.max_steps, config.optimizer.learning_rate)
-    draws = settle_draws(config.draws, sources.version)
-    validator = None
-    if sources.validation is not None:
-        items = _Share(sources.validation, processes)
-        validator = Validator(model, mode, items, draws.sampler, loop.seed, device)
-    others = {extra.name: extra.module for extra in regularizers.trained()}
-    parameters, names = trained_parameters(network, optimizer, others)
-    if processes.is_main:
-        _check_disk(config, parameters)
-    run = Run(
-        device=device,
-        rank=processes.rank,
-        autocast=autocast,
-        model=model,
-        network=network,
-        mode=mode,
-        data=data,
-        optimizer=optimizer,
-        scheduler=scheduler,
-        gradients=Gradients(parameters, names, config.optimizer.max_grad_norm),
-        group_names=group_names,
-        loop=loop,
-        draws=draws,
-        loss=config.loss,
-        balancer=AudioBalancer(config.loss.balance, device, mean_over_ranks),
-        monitor=AudioMonitor(config.loss.supervision) if config.trained_mode == "av" else None,
-        guard=NonFiniteGuard(config.loop.nan_check),
-        saver=_make_saver(
-            config, sources, describe_optimizer(optimizer, config.optimizer), processes, loop, len(data), arranged.loftq
-        ),
-        log=trackers.log,
-        histogram=trackers.histogram,
-        show_sample=trackers.sample,
-        histogram_interval=config.logs.histogram_interval if config.logs.trackers else 0,
-        validation=config.validation,
-        validator=validator,
-        samples=config.samples,
-        sampler=sampler,
-        swapped=config.memory.blocks_to_swap or 0,
-        scaler=LossScaler(device.type) if config.mixed_precision == "fp16" else None,
-        regularizers=regularizers,
-        before_samples=arrangement.release,
-    )
-    trainer = make_trainer(run)
+    trainer = make_trainer(_make_run(config, processes, sources, trackers, arranged, sampler, prompts, blank))
     _resume(config, trainer)
     trainer.start_loading()
     if plan is not None:
-        rehearse(trainer, _largest(config, sources, trainer), arrangement, config.optimizer.type)
+        rehearse(trainer, _largest(config, sources, trainer), arranged.arrangement, config.optimizer.type)
     logger.info("%s", _length_line(trainer, sources))
     if config.trained_mode == "av":
         logger.info("%s", _audio_plan(config, sources.training.audio_share))
@@ -205,6 +137,87 @@ def _arrange(
     if arrangement.prepared.compiled and compilation != config.compilation:
         logger.info("%d batch shapes: from the second on, code is compiled once for all of them", shapes)
     return _Arranged(model, network, arrangement, loftq)
+
+
+def _make_run(
+    config: TrainingConfig,
+    processes: Processes,
+    sources: Sources,
+    trackers: Trackers,
+    arranged: _Arranged,
+    sampler: Sampler | None,
+    prompts: PreservationPrompts | None,
+    blank: Prompt | None,
+) -> Run:
+    """What the loop works with, around the arranged model."""
+    device, model, network = processes.device, arranged.model, arranged.network
+    data = sources.training.loader(
+        rank=processes.rank,
+        world_size=processes.count,
+        workers=config.workers,
+        persistent_workers=config.persistent_workers,
+        pin_memory=device.type == "cuda",
+    )
+    loop = _settle_length(config.loop, len(data))
+    mode, autocast = _make_mode(config, sources, device, blank), _autocast(device, config.mixed_precision)
+    setting = Setting(
+        model=model,
+        network=network,
+        mode=mode,
+        device=device,
+        autocast=autocast,
+        seed=loop.seed,
+        steps=loop.max_steps,
+        learning_rate=config.optimizer.learning_rate,
+        output_dir=config.save.output_dir,
+        cache_directory=config.data.datasets[0].cache_directory if config.data.datasets else config.save.output_dir,
+    )
+    regularizers = make_regularizers(config.regularizers, setting, prompts)
+    optimizer, group_names = _make_optimizer(config, network, regularizers)
+    scheduler = create_scheduler(optimizer, config.scheduler, loop.max_steps, config.optimizer.learning_rate)
+    draws = settle_draws(config.draws, sources.version)
+    validator = None
+    if sources.validation is not None:
+        items = _Share(sources.validation, processes)
+        validator = Validator(model, mode, items, draws.sampler, loop.seed, device)
+    others = {extra.name: extra.module for extra in regularizers.trained()}
+    parameters, names = trained_parameters(network, optimizer, others)
+    if processes.is_main:
+        _check_disk(config, parameters)
+    return Run(
+        device=device,
+        rank=processes.rank,
+        autocast=autocast,
+        model=model,
+        network=network,
+        mode=mode,
+        data=data,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        gradients=Gradients(parameters, names, config.optimizer.max_grad_norm),
+        group_names=group_names,
+        loop=loop,
+        draws=draws,
+        loss=config.loss,
+        balancer=AudioBalancer(config.loss.balance, device, mean_over_ranks),
+        monitor=AudioMonitor(config.loss.supervision) if config.trained_mode == "av" else None,
+        guard=NonFiniteGuard(config.loop.nan_check),
+        saver=_make_saver(
+            config, sources, describe_optimizer(optimizer, config.optimizer), processes, loop, len(data), arranged.loftq
+        ),
+        log=trackers.log,
+        histogram=trackers.histogram,
+        show_sample=trackers.sample,
+        histogram_interval=config.logs.histogram_interval if config.logs.trackers else 0,
+        validation=config.validation,
+        validator=validator,
+        samples=config.samples,
+        sampler=sampler,
+        swapped=config.memory.blocks_to_swap or 0,
+        scaler=LossScaler(device.type) if config.mixed_precision == "fp16" else None,
+        regularizers=regularizers,
+        before_samples=arranged.arrangement.release,
+    )
 
 
 def _make_optimizer(
