@@ -306,7 +306,7 @@ def test_flags_without_effect_are_said(space, caplog, flags, expected):
     ],
 )
 def test_what_cannot_be_used_is_found_before_weights_are_read(space, capsys, monkeypatch, flags, expected):
-    monkeypatch.setattr("ltx2_tuner.training.build._load_model", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("ltx2_tuner.training.arrange._load_model", lambda *_: pytest.fail("weights were read"))
     monkeypatch.setitem(sys.modules, "flash_attn", None)
     damaged = space.root / "damaged.safetensors"
     damaged.write_bytes(b"not a tensor in it")

@@ -1,4 +1,4 @@
-"""Makes a training run from its opened sources: weights first, then adapters, then the loop's parts."""
+"""Makes a training run from its opened sources: the arranged weights, then the parts of the loop around them."""
 
 from __future__ import annotations
 
@@ -12,21 +12,14 @@ import torch
 from torch import nn
 
 from ltx2_tuner.checkpoint import Checkpoint
-from ltx2_tuner.checkpoint.base_model import BaseModel, load_base_model
 from ltx2_tuner.checkpoint.precision import PrecisionOptions, effective_format
-from ltx2_tuner.checkpoint.transformer_loader import OnBlock
 from ltx2_tuner.data.batches import TrainingData, ValidationData
-from ltx2_tuner.lora.build import build_network, optimizer_groups, target_of
-from ltx2_tuner.memory.compilation import compiler_made_ready
-from ltx2_tuner.memory.planner import Plan
-from ltx2_tuner.memory.prepare import host_blocks
-from ltx2_tuner.memory.sharding import BlockShards
-from ltx2_tuner.models.transformer import LTXTransformer
+from ltx2_tuner.lora.build import optimizer_groups
+from ltx2_tuner.training.arrange import MIXED_PRECISION, Arranged, arrange
 from ltx2_tuner.training.balance import AudioBalancer
-from ltx2_tuner.training.base_weights import merge_base_weights
-from ltx2_tuner.training.footprint import batch_shapes, largest_batch, moment_bytes, plan_memory, settled, suited
+from ltx2_tuner.training.footprint import largest_batch, moment_bytes, plan_memory, settled
 from ltx2_tuner.training.guard import NonFiniteGuard
-from ltx2_tuner.training.loftq import LoftQStart, keep_start
+from ltx2_tuner.training.loftq import LoftQStart
 from ltx2_tuner.training.logs import Trackers
 from ltx2_tuner.training.loop import Trainer
 from ltx2_tuner.training.metadata import RunMetadata, training_facts
@@ -39,7 +32,7 @@ from ltx2_tuner.training.random import seed_default_generators
 from ltx2_tuner.training.regularizers.base import Regularizers
 from ltx2_tuner.training.regularizers.build import Setting, make_regularizers
 from ltx2_tuner.training.regularizers.prompts import PreservationPrompts, Prompt
-from ltx2_tuner.training.rehearsal import Arrangement, rehearse
+from ltx2_tuner.training.rehearsal import rehearse
 from ltx2_tuner.training.run import Run, Sampler
 from ltx2_tuner.training.saver import RunSaver
 from ltx2_tuner.training.saving import check_free_disk
@@ -53,7 +46,6 @@ from ltx2_tuner.training.validation import Validator
 from ltx2_tuner.training.window import Gradients, LossScaler, mean_over_ranks
 
 logger = logging.getLogger(__name__)
-_MIXED_PRECISION = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def build(
@@ -78,7 +70,7 @@ def build(
     config = replace(config, precision=_settle_precision(config, sources.checkpoint, device))
     plan = plan_memory(config, sources, processes)
     config = settled(config, plan)
-    arranged = _arrange(config, sources, processes, plan, stays=not getattr(sampler, "offloads", False))
+    arranged = arrange(config, sources, processes, plan, stays=not getattr(sampler, "offloads", False))
     trainer = make_trainer(_make_run(config, processes, sources, trackers, arranged, sampler, prompts, blank))
     _resume(config, trainer)
     trainer.start_loading()
@@ -90,61 +82,12 @@ def build(
     return trainer
 
 
-@dataclass(frozen=True)
-class _Arranged:
-    """The frozen model with its adapters, ready for training passes. loftq: what its adapters started from."""
-
-    model: LTXTransformer
-    network: nn.Module
-    arrangement: Arrangement
-    loftq: LoftQStart | None
-
-
-def _arrange(
-    config: TrainingConfig, sources: Sources, processes: Processes, plan: Plan | None, *, stays: bool
-) -> _Arranged:
-    """Load the weights and put the adapters on them.
-
-    Args:
-        config: with the memory options that the plan has settled.
-        stays: as `Arrangement` takes it.
-    """
-    device = processes.device
-    shards = BlockShards(processes.peers, device) if config.memory.shard_base else None
-    hosts = host_blocks(sources.model.num_layers, config.memory, device)
-    keeper = shards or hosts
-    compiles = device.type == "cuda" and config.compilation.enabled is not False
-    with compiler_made_ready(compiles):
-        base = _load_model(config, sources, device, None if keeper is None else keeper.take)
-    model = base.transformer
-    network = build_network(
-        model,
-        config.network,
-        mode=config.trained_mode,
-        seed=config.loop.seed,
-        quantised=config.precision.weights.kind != "dense",
-        start_values=base.start_values,
-    )
-    network.to(device, config.adapter_dtype)
-    loftq = _keep_start(config, base, network, processes)
-    shapes = len(set(batch_shapes(config, sources.training)))
-    compilation = suited(config.compilation, shapes)
-    dtype = _MIXED_PRECISION.get(config.mixed_precision, config.dtype)
-    arrangement = Arrangement(
-        model, network, config.memory, compilation, device, dtype, plan, shards, hosts, stays=stays
-    )
-    logger.info("%s", arrangement.prepared)
-    if arrangement.prepared.compiled and compilation != config.compilation:
-        logger.info("%d batch shapes: from the second on, code is compiled once for all of them", shapes)
-    return _Arranged(model, network, arrangement, loftq)
-
-
 def _make_run(
     config: TrainingConfig,
     processes: Processes,
     sources: Sources,
     trackers: Trackers,
-    arranged: _Arranged,
+    arranged: Arranged,
     sampler: Sampler | None,
     prompts: PreservationPrompts | None,
     blank: Prompt | None,
@@ -281,37 +224,6 @@ def _settle_precision(config: TrainingConfig, checkpoint: Checkpoint, device: to
     return precision
 
 
-def _load_model(config: TrainingConfig, sources: Sources, device: torch.device, on_block: OnBlock | None) -> BaseModel:
-    """The frozen transformer; only the parts that the mode runs, where that is possible.
-
-    Args:
-        on_block: called with each block (index, block) when it is loaded.
-    """
-    variant = {"video": "video", "av": "av", "audio": "audio" if config.audio_only_model else "av"}[config.mode]
-    base_weights = merge_base_weights(config.network.base_weights)
-    base = load_base_model(
-        sources.checkpoint,
-        variant,
-        device,
-        config.dtype,
-        config.precision,
-        transform=base_weights,
-        adapted=target_of(config.network, config.trained_mode) if config.precision.loftq_rank else lambda _layer: True,
-        on_block=on_block,
-    )
-    if base_weights is not None:
-        base_weights.check_used()
-    return base
-
-
-def _keep_start(config: TrainingConfig, base: BaseModel, network: nn.Module, processes: Processes) -> LoftQStart | None:
-    """What LoftQ's adapters start from, written beside the output; None without LoftQ."""
-    if base.start_values is None:
-        return None
-    path = config.save.output_dir / f"{config.save.output_name}.loftq_init.safetensors"
-    return keep_start(network, base.start_values, config.precision, path if processes.is_main else None)
-
-
 def settle_draws(draws: DrawOptions, version: str) -> DrawOptions:
     """The sampler's mode `auto` becomes that of the checkpoint's version."""
     if draws.sampler.mode != "auto":
@@ -338,7 +250,7 @@ def _make_mode(config: TrainingConfig, sources: Sources, device: torch.device, b
 
 
 def _autocast(device: torch.device, mixed_precision: str) -> Callable[[], contextlib.AbstractContextManager]:
-    dtype = _MIXED_PRECISION.get(mixed_precision)
+    dtype = MIXED_PRECISION.get(mixed_precision)
     if dtype is None:
         return contextlib.nullcontext
     return lambda: torch.autocast(device.type, dtype)
