@@ -71,7 +71,35 @@ def test_no_more_is_read_ahead_than_the_limit(path):
         assert all(torch.equal(ahead.read(name, CPU), Checkpoint.read(checkpoint, name)) for name in names)
 
 
-def test_several_threads_read_one_large_tensor(path, monkeypatch):
+def test_threads_read_parts_of_one_tensor_at_the_same_time(path, monkeypatch):
+    monkeypatch.setattr(read_ahead.os, "cpu_count", lambda: 2)
+    checkpoint = opened(path)
+    name = max(checkpoint.names(), key=lambda name: checkpoint.entry(name).nbytes)
+    monkeypatch.setattr(read_ahead, "PART_BYTES", checkpoint.entry(name).nbytes // 2)
+    together = threading.Barrier(2, timeout=20)
+    monkeypatch.setattr(checkpoint, "fill", lambda *part: (together.wait(), Checkpoint.fill(checkpoint, *part)))
+    with ReadAhead(checkpoint, [(name, CPU)]) as ahead:
+        assert torch.equal(ahead.read(name, CPU), Checkpoint.open(path).read(name))
+
+
+def test_no_thread_is_left_where_there_is_no_memory(path, monkeypatch):
+    checkpoint = opened(path)
+    names = checkpoint.names()
+    reserve, reserved = checkpoint.reserve, []
+
+    def short(name, device):
+        reserved.append(name)
+        if len(reserved) == 3:
+            raise torch.OutOfMemoryError("no memory")
+        return reserve(name, device)
+
+    monkeypatch.setattr(checkpoint, "reserve", short)
+    with pytest.raises(torch.OutOfMemoryError), ReadAhead(checkpoint, [(name, CPU) for name in names]):
+        pass
+    assert not readers()
+
+
+def test_tensors_are_put_together_from_many_parts(path, monkeypatch):
     monkeypatch.setattr(read_ahead, "PART_BYTES", 100)
     checkpoint = opened(path)
     names = checkpoint.names("model.diffusion_model.transformer_blocks.")

@@ -67,6 +67,18 @@ def test_gradients_that_wait_for_another_pass_come_on_top():
         assert twice.total(choice) - once.total(choice) == once.gradients
 
 
+def test_gradients_are_there_twice_when_they_are_cast():
+    """As the pass finds them, and as the optimizer takes them; what waits from an earlier pass is a third set."""
+    few = Footprint(4, block=100, rest=10, trained=50, gradients=40, passing=20, kept=5, boundary=1, expanded=10)
+    all_recomputed = Choice(recomputed=4)
+    assert few.activations(all_recomputed) == 20 + 40
+    many = dataclasses.replace(few, kept=50)
+    assert many.activations(all_recomputed) == pytest.approx(1.6 * 50 + 0.8 * 10 + 20)
+    assert many.activations(Choice()) == 4 * 50
+    waiting = dataclasses.replace(few, gradients_wait=True)
+    assert waiting.total(all_recomputed) == 4 * 100 + 10 + 50 + 40 + (20 + 40)
+
+
 class Made(TorchDispatchMode):
     """The memory of all tensors that are made within the block."""
 

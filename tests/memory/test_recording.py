@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ltx2_tuner.lora import LoRANetwork
 from ltx2_tuner.lora.joint import join_adapters
+from ltx2_tuner.memory import two_streams
 from ltx2_tuner.memory.graphs import WARM_UP, TrainingGraphs
 from ltx2_tuner.memory.host_memory import HostMemory
 from ltx2_tuner.memory.offload import ActivationOffload
@@ -73,6 +74,16 @@ def test_recorded_passes_give_what_unrecorded_ones_give(
     (recording,) = graphs.recordings.values()
     assert paper.launched[-2:] == [recording.forward.graph, recording.backward.graph]
     assert recording.forward.after == recording.backward.before
+
+
+def test_autograd_adds_nothing_to_a_gradient_that_is_lent() -> None:
+    """What it adds into it hands on, and the memory is kept only until the streams meet."""
+    kept, picture = {0: []}, torch.ones(8, requires_grad=True)
+    own = 3 * picture
+    theirs = 2 * two_streams._Lent.apply(picture, kept, 0)  # the later one: its gradient comes first
+    (own + theirs).sum().backward()
+    assert picture.grad.tolist() == [5.0] * 8
+    assert all(tensor.tolist() == [2.0] * 8 for tensor in kept[0])
 
 
 def test_what_a_recorded_pass_offloads_is_its_own(paper: Paper, monkeypatch: pytest.MonkeyPatch) -> None:

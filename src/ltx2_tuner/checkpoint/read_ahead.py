@@ -44,7 +44,11 @@ class ReadAhead:
         self._threads = ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1), thread_name_prefix="checkpoint")
 
     def __enter__(self) -> ReadAhead:
-        self._start()
+        try:
+            self._start()
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_exception) -> None:
@@ -72,9 +76,10 @@ class ReadAhead:
             nbytes = self.checkpoint.entry(self._wanted[0][0]).nbytes
             if self._started and self._bytes + nbytes > self.limit:
                 return
-            wanted = self._wanted.popleft()
-            self._bytes += nbytes
+            wanted = self._wanted[0]
             tensor = self.checkpoint.reserve(*wanted)
+            self._wanted.popleft()
+            self._bytes += nbytes
             parts = [
                 self._threads.submit(self.checkpoint.fill, wanted[0], tensor, start, min(start + PART_BYTES, nbytes))
                 for start in range(0, nbytes, PART_BYTES)

@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 
 from ltx2_tuner import __version__
 from ltx2_tuner.cli.allocator import keep_memory_in_one_piece
-from ltx2_tuner.cli.compile_cache import keep_compilations
 from ltx2_tuner.errors import UserError, nearest
 
 # Flags of related tools and of upstream's other models, with what to type here instead.
@@ -149,14 +148,13 @@ def _flags_of(script: str) -> frozenset[str]:
 
 
 def entry_point(function: Callable[[Sequence[str] | None], int | None]) -> Callable[..., int]:
-    """Wrap a script's `main(argv)`: logging, torch's settings, and user errors as one sentence with exit status 1."""
+    """Wrap a script's `main(argv)`: logging, allocator settings, and user errors as one sentence with exit status 1."""
 
     @functools.wraps(function)
     def main(argv: Sequence[str] | None = None) -> int:
         _use_utf8()
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
         keep_memory_in_one_piece()
-        keep_compilations()
         try:
             return function(argv) or 0
         except UserError as error:

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from ltx2_tuner.memory.options import CompileOptions
 from ltx2_tuner.quantization.operators import open_to_inductor
 
 logger = logging.getLogger(__name__)
@@ -37,6 +38,11 @@ def compiler_works(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (7, 0)
 
 
+def compiled(options: CompileOptions, device: torch.device) -> bool:
+    """Whether blocks are compiled: as typed, else where it works."""
+    return compiler_works(device) if options.enabled is None else options.enabled
+
+
 @contextlib.contextmanager
 def compiler_made_ready(wanted: bool) -> Iterator[None]:
     """Within the block, which reads files, a thread imports what compiles, and has its processes start.
@@ -49,15 +55,14 @@ def compiler_made_ready(wanted: bool) -> Iterator[None]:
         return
     thread = threading.Thread(target=_make_compiler_ready, name="compiler", daemon=True)
     thread.start()
-    try:
-        yield
-    finally:
-        thread.join()
+    yield
+    thread.join()  # an error within the block is told without waiting
 
 
 def _make_compiler_ready() -> None:
-    with contextlib.suppress(ImportError):  # whoever compiles is told
+    with contextlib.suppress(Exception):  # whoever compiles is told, if that fails too
         getattr(importlib.import_module("torch._inductor.async_compile"), "maybe_warm_pool", lambda: None)()
+    with contextlib.suppress(Exception):
         importlib.import_module("torch._inductor.compile_fx")
 
 

@@ -74,9 +74,8 @@ class Footprint:
         kept = self.kept * (self.blocks - choice.recomputed)
         # Of those on the host, the first block's stays (a leaf), and the backward pass has its own and the next one.
         boundaries = self.boundary * (min(choice.recomputed, 3) if choice.offload else choice.recomputed)
-        # Gradients appear while activations go, and are cast when these are gone.
-        during, after = working + max(kept + boundaries, self.passing), self.passing
-        return max(during, after if self.gradients_wait else after + self.gradients)
+        # Gradients appear while activations go, and are cast when these are gone; those that wait are another set.
+        return max(working + max(kept + boundaries, self.passing), self.passing + self.gradients)
 
     def reserve(self, choice: Choice) -> float:
         """Bytes that stay free: for CUDA itself, and what the recording of a pass has to leave to others."""

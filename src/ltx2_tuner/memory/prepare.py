@@ -9,7 +9,7 @@ import torch
 
 from ltx2_tuner.errors import UserError
 from ltx2_tuner.memory.attention_check import usable_backend
-from ltx2_tuner.memory.compilation import CACHE_ENTRIES, compile_blocks, compiler_works
+from ltx2_tuner.memory.compilation import CACHE_ENTRIES, compile_blocks, compiled
 from ltx2_tuner.memory.host_blocks import HostBlocks
 from ltx2_tuner.memory.offload import ActivationOffload
 from ltx2_tuner.memory.options import CompileOptions, MemoryOptions
@@ -128,7 +128,7 @@ def _recompute(model: LTXTransformer, options: MemoryOptions, device: torch.devi
 
 def _compile(model: LTXTransformer, options: CompileOptions, device: torch.device) -> bool:
     """Compile each block by itself, so that the first step does not wait for the whole model."""
-    wanted = compiler_works(device) if options.enabled is None else options.enabled
+    wanted = compiled(options, device)
     if options.enabled is None and device.type == "cuda" and not wanted:
         logger.info("no compiler back end (Triton) here: blocks are not compiled")
     model.blocks_alike = wanted

@@ -64,8 +64,9 @@ class _Lent(torch.autograd.Function):
     """The picture as the sound's stream reads it, whose gradient, made on that stream, is kept until the streams meet.
 
     Autograd has the allocator watch what it hands from one stream to another, and what is watched while a graph is
-    recorded is given out again only when that is over: a hidden state of the picture would be lost for each block. What
-    came through DLPack is not the allocator's to watch.
+    recorded is given out again only when that is over: a hidden state of the picture would be lost for each block (of
+    the sound one is, the other way: those are small). What came through DLPack is not the allocator's to watch. It is
+    kept as well, so that autograd does not add other gradients into it and hand it on.
     """
 
     @staticmethod
@@ -75,5 +76,6 @@ class _Lent(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        ctx.kept[ctx.index].append(grad)
-        return from_dlpack(to_dlpack(grad)), None, None
+        unwatched = from_dlpack(to_dlpack(grad))
+        ctx.kept[ctx.index] += grad, unwatched
+        return unwatched, None, None

@@ -11,7 +11,8 @@ from torch import nn
 from ltx2_tuner.checkpoint.base_model import BaseModel, load_base_model
 from ltx2_tuner.checkpoint.transformer_loader import OnBlock
 from ltx2_tuner.lora.build import build_network, target_of
-from ltx2_tuner.memory.compilation import compiler_made_ready
+from ltx2_tuner.memory.compilation import compiled, compiler_made_ready
+from ltx2_tuner.memory.compile_cache import keep_compilations
 from ltx2_tuner.memory.planner import Plan
 from ltx2_tuner.memory.prepare import host_blocks
 from ltx2_tuner.memory.sharding import BlockShards
@@ -50,7 +51,9 @@ def arrange(
     shards = BlockShards(processes.peers, device) if config.memory.shard_base else None
     hosts = host_blocks(sources.model.num_layers, config.memory, device)
     keeper = shards or hosts
-    compiles = device.type == "cuda" and config.compilation.enabled is not False
+    compiles = compiled(config.compilation, device) and config.compilation.backend == "inductor"
+    if compiles:
+        keep_compilations()
     with compiler_made_ready(compiles):
         base = _load_model(config, sources, device, None if keeper is None else keeper.take)
     model = base.transformer

@@ -83,7 +83,8 @@ def estimate(config: TrainingConfig, sources: Sources, shards: int = 1) -> Footp
         samples,
     )
     waits = config.loop.accumulation > 1 or config.regularizers.preservation.active
-    return replace(needed, gradients_wait=waits, shards=shards)
+    passing = needed.passing if config.network.is_built_in else needed.gradients  # others have no working copies
+    return replace(needed, gradients_wait=waits, passing=passing, shards=shards)
 
 
 def footprint_of(

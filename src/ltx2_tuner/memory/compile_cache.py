@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 _SETTING = "TORCHINDUCTOR_CACHE_DIR"
 
@@ -18,6 +21,10 @@ def keep_compilations() -> None:
     if os.name == "nt" or _SETTING in os.environ or not (home or caches):
         return
     folder = Path(caches or f"{home}/.cache") / "ltx2-tuner" / "compiled"
-    there = next(each for each in (folder, *folder.parents) if each.exists())
-    if folder.is_absolute() and os.access(there, os.W_OK):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return
+    if folder.is_absolute() and os.access(folder, os.W_OK | os.X_OK):
         os.environ[_SETTING] = str(folder)
+        logger.info("what is compiled is kept in %s", folder)
