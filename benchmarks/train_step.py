@@ -26,11 +26,11 @@ from ltx2_tuner.cli.allocator import keep_memory_in_one_piece
 from ltx2_tuner.devices import exact
 from ltx2_tuner.lora import LoRANetwork, Targets, select_layers
 from ltx2_tuner.memory.activations import BatchShape
+from ltx2_tuner.memory.host_blocks import HostBlocks
 from ltx2_tuner.memory.options import CompileOptions, MemoryOptions
 from ltx2_tuner.memory.planner import Footprint, settle
-from ltx2_tuner.memory.prepare import prepare_model
+from ltx2_tuner.memory.prepare import host_blocks, prepare_model
 from ltx2_tuner.memory.sharding import BlockShards
-from ltx2_tuner.memory.streaming import streamed_indices
 from ltx2_tuner.models.transformer import LTXTransformer, Modality, TransformerConfig
 from ltx2_tuner.models.transformer.tokens import audio_latent_length, audio_positions, video_positions
 from ltx2_tuner.quantization import is_quantisable
@@ -93,27 +93,24 @@ def configuration(args: argparse.Namespace) -> TransformerConfig:
 
 
 def build(
-    args: argparse.Namespace, device: torch.device, streamed: int = 0, shards: BlockShards | None = None
+    args: argparse.Namespace, device: torch.device, keeper: HostBlocks | BlockShards | None = None
 ) -> tuple[LTXTransformer, LoRANetwork]:
     """The transformer with random weights, and a LoRA on all its attentions.
 
     Args:
-        streamed: blocks whose matrices are to lie on the host.
-        shards: takes each block as soon as it has its weights.
+        keeper: takes each block as soon as it has its weights, as it does while a checkpoint is loaded.
     """
     with torch.device("meta"):
         model = LTXTransformer(configuration(args), args.mode)
-    on_host = streamed_indices(args.layers, streamed) if streamed else ()
     generator = torch.Generator(device).manual_seed(0)
     for path, module in list(model.named_modules()):
         if not path.startswith("transformer_blocks."):
-            fill(model, path, module, PRECISIONS[args.precision], device, generator)
+            fill(model, path, module, PRECISIONS[args.precision], generator)
     for index, block in enumerate(model.transformer_blocks):
-        home = torch.device("cpu") if index in on_host else device
         for path, module in list(block.named_modules(prefix=f"transformer_blocks.{index}")):
-            fill(model, path, module, PRECISIONS[args.precision], home, generator)
-        if shards is not None:
-            shards.take(index, block)
+            fill(model, path, module, PRECISIONS[args.precision], generator)
+        if keeper is not None:
+            keeper.take(index, block)
     layers = select_layers(model, Targets(args.mode, "audio" if args.mode == "audio" else "t2v"))
     network = LoRANetwork(layers, args.rank).to(device, getattr(torch, args.lora_dtype))
     network.set_compute_dtype(torch.bfloat16)
@@ -128,7 +125,6 @@ def fill(
     path: str,
     module: nn.Module,
     form: WeightFormat,
-    home: torch.device,
     generator: torch.Generator,
 ) -> None:
     """Give a module's own parameters random values, and the big matrices the form that the checkpoint's would have."""
@@ -139,9 +135,8 @@ def fill(
         module.register_parameter(name, nn.Parameter(values, requires_grad=False))
     if isinstance(module, nn.Linear) and is_quantisable(f"{path}.weight", module.weight.shape):
         bias = None if module.bias is None else module.bias.data
-        frozen = freeze(path, module.weight.data, bias, form, torch.bfloat16).to(home)
         parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, frozen)
+        setattr(model.get_submodule(parent), name, freeze(path, module.weight.data, bias, form, torch.bfloat16))
 
 
 def inputs(args: argparse.Namespace, config: TransformerConfig, device: torch.device) -> dict[str, Modality | None]:
@@ -216,7 +211,8 @@ class Step:
 
     def __init__(self, args: argparse.Namespace, device: torch.device, options: MemoryOptions | None = None) -> None:
         self.options = options or memory_options(args, device)
-        self.model, self.network = build(args, device, self.options.blocks_to_swap, self.shards)
+        self.hosts = host_blocks(args.layers, self.options, device)
+        self.model, self.network = build(args, device, self.shards or self.hosts)
         self.begin(args, device, list(self.network.parameters()))
         self.prepare(args, device)
 
@@ -234,7 +230,8 @@ class Step:
     def prepare(self, args: argparse.Namespace, device: torch.device) -> None:
         """Recomputation, streaming, compilation and recording."""
         self.model.enable_gradient_checkpointing(args.recompute == "cheap", keep_products=True)
-        self.plan = prepare_model(self.model, self.options, CompileOptions(enabled=args.compile), device, self.shards)
+        compilation = CompileOptions(enabled=args.compile)
+        self.plan = prepare_model(self.model, self.options, compilation, device, self.shards, self.hosts)
         self.accelerate(args)
 
     def accelerate(self, args: argparse.Namespace) -> None:
