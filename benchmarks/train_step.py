@@ -69,6 +69,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, default=None, help="default: where it works"
     )
+    parser.add_argument("--dynamic", action="store_true", help="compile code that serves all shapes")
     parser.add_argument("--joint", action=argparse.BooleanOptionalAction, default=True, help="join layers of one input")
     parser.add_argument("--graphs", action=argparse.BooleanOptionalAction, default=True, help="CUDA graphs")
     parser.add_argument("--streams", type=int, choices=(1, 2), default=2, help="CUDA streams of a graph")
@@ -230,7 +231,7 @@ class Step:
     def prepare(self, args: argparse.Namespace, device: torch.device) -> None:
         """Recomputation, streaming, compilation and recording."""
         self.model.enable_gradient_checkpointing(args.recompute == "cheap", keep_products=True)
-        compilation = CompileOptions(enabled=args.compile)
+        compilation = CompileOptions(enabled=args.compile, dynamic=args.dynamic)
         self.plan = prepare_model(self.model, self.options, compilation, device, self.shards, self.hosts)
         self.accelerate(args)
 
@@ -347,6 +348,7 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
         "lora_dtype": args.lora_dtype,
         "layers": args.layers,
         "compiled": step.plan.compiled,
+        "dynamic": args.dynamic,
         "joint": args.joint,
         "graphs": bool(step.graphs and step.graphs.recordings),
         "streams": args.streams,
