@@ -66,7 +66,7 @@ class _Lent(torch.autograd.Function):
     Autograd has the allocator watch what it hands from one stream to another, and what is watched while a graph is
     recorded is given out again only when that is over: a hidden state of the picture would be lost for each block (of
     the sound one is, the other way: those are small). What came through DLPack is not the allocator's to watch. It is
-    kept as well, so that autograd does not add other gradients into it and hand it on.
+    kept, and its memory with it; nor does autograd add other gradients into what somebody else holds, and hand it on.
     """
 
     @staticmethod
@@ -77,5 +77,5 @@ class _Lent(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
         unwatched = from_dlpack(to_dlpack(grad))
-        ctx.kept[ctx.index] += grad, unwatched
+        ctx.kept[ctx.index].append(unwatched)
         return unwatched, None, None
