@@ -90,7 +90,7 @@ class ActivationOffload:
         if tensor.numel() == 0:  # up to torch 2.11 a checkpoint saves one of its own
             return tensor.detach()
         records = self._copies is not None and torch.cuda.is_current_stream_capturing()
-        size = tensor.numel() * tensor.element_size()
+        size = tensor.nbytes
         memory = self._for_recording(size) if records else self._for_now(size)
         host = memory.bytes[:size].view(tensor.dtype).view(tensor.shape)
         parked = _Parked(host, tensor.device, self._copies, records)

@@ -356,7 +356,7 @@ def layout(block: nn.Module) -> tuple[list[_Piece], int]:
         if not isinstance(layer, FrozenLinear):
             continue
         for name, tensor in layer.storage().items():
-            size = tensor.numel() * tensor.element_size()
+            size = tensor.nbytes
             pieces.append(_Piece(layer, name, tensor.dtype, tuple(tensor.shape), offset, size))
             offset += -(-size // ALIGNMENT) * ALIGNMENT
     return pieces, offset

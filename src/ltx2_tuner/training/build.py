@@ -103,18 +103,7 @@ def _make_run(
     )
     loop = _settle_length(config.loop, len(data))
     mode, autocast = _make_mode(config, sources, device, blank), _autocast(device, config.mixed_precision)
-    setting = Setting(
-        model=model,
-        network=network,
-        mode=mode,
-        device=device,
-        autocast=autocast,
-        seed=loop.seed,
-        steps=loop.max_steps,
-        learning_rate=config.optimizer.learning_rate,
-        output_dir=config.save.output_dir,
-        cache_directory=config.data.datasets[0].cache_directory if config.data.datasets else config.save.output_dir,
-    )
+    setting = _regularizer_setting(config, arranged, mode, device, autocast, loop)
     regularizers = make_regularizers(config.regularizers, setting, prompts)
     optimizer, group_names = _make_optimizer(config, network, regularizers)
     scheduler = create_scheduler(optimizer, config.scheduler, loop.max_steps, config.optimizer.learning_rate)
@@ -160,6 +149,30 @@ def _make_run(
         scaler=LossScaler(device.type) if config.mixed_precision == "fp16" else None,
         regularizers=regularizers,
         before_samples=arranged.arrangement.release,
+    )
+
+
+def _regularizer_setting(
+    config: TrainingConfig,
+    arranged: Arranged,
+    mode: Mode,
+    device: torch.device,
+    autocast: Callable[[], contextlib.AbstractContextManager],
+    loop: LoopOptions,
+) -> Setting:
+    """What regularizers are told of the run."""
+    output, datasets = config.save.output_dir, config.data.datasets
+    return Setting(
+        model=arranged.model,
+        network=arranged.network,
+        mode=mode,
+        device=device,
+        autocast=autocast,
+        seed=loop.seed,
+        steps=loop.max_steps,
+        learning_rate=config.optimizer.learning_rate,
+        output_dir=output,
+        cache_directory=datasets[0].cache_directory if datasets else output,
     )
 
 
