@@ -17,13 +17,13 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
 import torch
-import train_step
 
+from benchmarks import train_step
 from ltx2_tuner.cli.allocator import keep_memory_in_one_piece
-from ltx2_tuner.memory.options import CompileOptions, MemoryOptions
 from ltx2_tuner.memory.prepare import host_blocks, prepare_model
 from ltx2_tuner.models.transformer.tokens import audio_latent_length
 from ltx2_tuner.training.draws import TrainingDraws
@@ -63,10 +63,11 @@ class Bench:
 
     def __init__(self, args, device: torch.device) -> None:
         self.args, self.device = args, device
-        memory = MemoryOptions(blocks_to_swap=args.blocks_to_swap, checkpointing=args.recompute == "full")
+        memory = train_step.memory_options(args, device)
         hosts = host_blocks(args.layers, memory, device)
         self.model, self.network = train_step.build(args, device, hosts)
-        self.plan = prepare_model(self.model, memory, CompileOptions(enabled=args.compile), device, hosts=hosts)
+        compilation = train_step.compile_options(args)
+        self.plan = prepare_model(self.model, memory, compilation, device, hosts=hosts)
         self.grid = ((args.frames - 1) // 8 + 1, args.size[0] // 32, args.size[1] // 32)
         self.autocast = (
             contextlib.nullcontext if device.type == "cpu" else lambda: torch.autocast(device.type, torch.bfloat16)

@@ -202,6 +202,11 @@ def memory_options(args: argparse.Namespace, device: torch.device) -> MemoryOpti
     return settle(replace(options, checkpointing=None), footprint(args), budget).options
 
 
+def compile_options(args: argparse.Namespace) -> CompileOptions:
+    """What the flags say."""
+    return CompileOptions(enabled=args.compile, dynamic=args.dynamic)
+
+
 class Step:
     """One training step on fixed inputs.
 
@@ -231,7 +236,7 @@ class Step:
     def prepare(self, args: argparse.Namespace, device: torch.device) -> None:
         """Recomputation, streaming, compilation and recording."""
         self.model.enable_gradient_checkpointing(args.recompute == "cheap", keep_products=True)
-        compilation = CompileOptions(enabled=args.compile, dynamic=args.dynamic)
+        compilation = compile_options(args)
         self.plan = prepare_model(self.model, self.options, compilation, device, self.shards, self.hosts)
         self.accelerate(args)
 
