@@ -184,6 +184,7 @@ def _line(
         "mode": args.mode,
         "frames": args.frames,
         "size": list(args.size),
+        "levels": args.levels,
         "rank": args.rank,
         "lora_dtype": args.lora_dtype,
         "streamed": plan and plan.options.blocks_to_swap,

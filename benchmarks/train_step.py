@@ -55,6 +55,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--mode", choices=("video", "av", "audio"), default="av")
     parser.add_argument("--frames", type=int, default=49)
     parser.add_argument("--size", type=int, nargs=2, default=(512, 768), metavar=("HEIGHT", "WIDTH"))
+    parser.add_argument(
+        "--levels",
+        type=int,
+        choices=(1, 2),
+        default=2,
+        help="noise levels of the picture; 2: its first frame is clean, which training has for some of the samples",
+    )
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--precision", choices=tuple(PRECISIONS), default="bf16", help="of the blocks' matrices")
     parser.add_argument(
@@ -141,7 +148,7 @@ def fill(
 
 
 def inputs(args: argparse.Namespace, config: TransformerConfig, device: torch.device) -> dict[str, Modality | None]:
-    """One sample of random latents, one noise level."""
+    """One sample of random latents at one noise level, but for a clean first frame."""
     sigma = torch.tensor([0.7], device=device)
 
     def modality(tokens: int, channels: int, positions: torch.Tensor, stream: str) -> Modality:
@@ -157,6 +164,10 @@ def inputs(args: argparse.Namespace, config: TransformerConfig, device: torch.de
     length = audio_latent_length(args.frames / FPS)
     video = modality(grid[0] * grid[1] * grid[2], config.in_channels, video_positions(*grid, FPS), "video")
     audio = modality(length, config.audio_in_channels, audio_positions(length), "audio")
+    if args.levels == 2:
+        clean = (torch.arange(video.latent.shape[1], device=device) < grid[1] * grid[2]).long()
+        levels = torch.stack([sigma, torch.zeros_like(sigma)], dim=1)
+        video = replace(video, timesteps=levels, timestep_index=clean[None])
     return {"video": None if args.mode == "audio" else video, "audio": None if args.mode == "video" else audio}
 
 
@@ -349,6 +360,7 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
         "frames": args.frames,
         "size": list(args.size),
         "tokens": tokens,
+        "levels": args.levels,
         "rank": args.rank,
         "lora_dtype": args.lora_dtype,
         "layers": args.layers,

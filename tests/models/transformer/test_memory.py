@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import sys
 from pathlib import Path
 
@@ -215,3 +216,28 @@ def test_masked_calls_of_a_kernel_without_masks_go_to_sdpa(monkeypatch: pytest.M
     import flash_attn
 
     assert len(flash_attn.calls) == 5 * len(model.transformer_blocks)  # all but the masked attention to the text
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_compiled_blocks_keep_no_row_for_each_token(count: int) -> None:
+    """Where tokens have levels of their own, what the block keeps is what it keeps where they have one."""
+
+    def kept(index: torch.Tensor | None) -> int:
+        torch._dynamo.reset()
+        model = adapted_model()
+        model.blocks_alike = True
+        compile_blocks(model.transformer_blocks, backend="aot_eager_decomp_partition")
+        streams = tiny.inputs(model.config, per_token=False)
+        if index is not None:
+            levels = torch.rand(index.shape[0], count)
+            streams["video"] = dataclasses.replace(streams["video"], timesteps=levels, timestep_index=index)
+        shapes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda saved: shapes.append(saved.shape) or saved, lambda x: x):
+            results = model(**streams)
+        assert all(result.requires_grad for result in results)
+        return sum(shape == (2, tokens, width) for shape in shapes)
+
+    tokens, width = math.prod(tiny.GRID), tiny.config().video_width
+    index = torch.randint(count, (2, tokens))
+    head = 1  # the scale of the last norm, once
+    assert 0 < kept(None) <= kept(index) <= kept(None) + head

@@ -11,7 +11,14 @@ from ltx2_tuner.models.transformer.modulation import Modulation, modulate, norm_
 from tests.models.transformer import tiny
 
 EPS = 1e-6
-LEVELS = {"one level": (1, None), "a level per token": (7, None), "levels by index": (3, True)}
+LEVELS = {
+    "one level": (1, None),
+    "one level by index": (1, True),
+    "a level per token": (7, None),
+    "two levels by index": (2, True),
+    "three levels by index": (3, True),
+    "many levels by index": (6, True),
+}
 
 
 def random_modulation(kind: str, dtype: torch.dtype = torch.float64) -> Modulation:
@@ -38,6 +45,8 @@ def test_the_gradient_is_that_of_the_plain_expression(kind: str) -> None:
     torch.testing.assert_close(
         torch.autograd.grad((actual * weights).sum(), x), torch.autograd.grad((expected * weights).sum(), x)
     )
+    compiled = torch.compile(norm_modulate, backend="aot_eager", dynamic=False)(x, modulation, 1, 0, EPS)
+    torch.testing.assert_close(compiled, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_rows_that_train_get_gradients() -> None:

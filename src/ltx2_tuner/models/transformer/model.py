@@ -18,6 +18,7 @@ from ltx2_tuner.models.transformer.block import BasicAVTransformerBlock, CrossIn
 from ltx2_tuner.models.transformer.config import VARIANTS, TransformerConfig
 from ltx2_tuner.models.transformer.masks import context_bias, key_bias, strength_bias
 from ltx2_tuner.models.transformer.modality import Modality
+from ltx2_tuner.models.transformer.modulation import spread
 from ltx2_tuner.models.transformer.perturbations import Perturbations
 from ltx2_tuner.models.transformer.rope import RopeTable, rope_table
 from ltx2_tuner.models.transformer.timestep import TimestepModulation
@@ -333,7 +334,7 @@ class LTXTransformer(nn.Module):
         names = _NAMES[stream]
         rows = getattr(self, names["table"]).float() + embedding.float().unsqueeze(-2)  # (B, K, 2, W)
         if index is not None:
-            rows = rows[torch.arange(rows.shape[0], device=rows.device)[:, None], index]
+            rows = spread(rows, index)
         normed = F.layer_norm(x.float(), x.shape[-1:], eps=self.config.norm_eps)
         modulated = torch.addcmul(rows[:, :, 0], normed, 1 + rows[:, :, 1])
         return self.get_submodule(names["out"])(modulated.to(x.dtype))

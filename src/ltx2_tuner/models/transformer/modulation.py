@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+_FEW = 4  # noise levels that are chosen from one by one
+
 
 class Modulation(NamedTuple):
     """Rows that modulate a stream: a learned table and what the noise level adds to it."""
@@ -26,7 +28,11 @@ class Modulation(NamedTuple):
 
     def row(self, row: int) -> Tensor:
         """Row `row` in float32, (B, 1 or T, W)."""
-        return _row(self.table[row], self.levels[:, :, row], self.index)
+        index = self.index
+        if index is not None and torch.compiler.is_compiling():
+            # A view for each row: what is made of one tensor at several places of a part, the compiler keeps.
+            index = index.expand(self.table.shape[0], -1, -1)[row]
+        return _row(self.table[row], self.levels[:, :, row], index)
 
     def needs_gradient(self) -> bool:
         return self.table.requires_grad or self.levels.requires_grad
@@ -62,7 +68,22 @@ def _row(table: Tensor, levels: Tensor, index: Tensor | None) -> Tensor:
     row = table.float() + levels.float()  # (B, K, W)
     if index is None:
         return row
-    return row[torch.arange(row.shape[0], device=row.device)[:, None], index]
+    return spread(row, index)
+
+
+def spread(levels: Tensor, index: Tensor) -> Tensor:
+    """Values (B, K, ...) of noise levels and each token's level (B, T) -> (B, T, ...), or (B, 1, ...) for K of 1.
+
+    A choice among few is arithmetic that a compiler makes again in the backward pass. What it looks up it keeps: a row
+    for each token, 6.8 GiB of a full-size step.
+    """
+    if levels.shape[1] > _FEW:
+        return levels[torch.arange(levels.shape[0], device=levels.device)[:, None], index]
+    of_token = index.reshape(*index.shape, *(1 for _ in levels.shape[2:]))
+    chosen = levels[:, :1]
+    for level in range(1, levels.shape[1]):
+        chosen = torch.where(of_token == level, levels[:, level : level + 1], chosen)
+    return chosen
 
 
 class _NormModulate(torch.autograd.Function):
