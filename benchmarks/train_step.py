@@ -42,6 +42,7 @@ WARM_UP, MEASURED = 4, 6
 TEXT_TOKENS = 1024
 FPS = 25.0
 PEAK_BF16 = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "4090": 165e12, "5090": 210e12}  # dense, FLOP/s
+DYNAMIC = {"false": False, "auto": None, "true": True}
 PRECISIONS = {
     "bf16": WeightFormat(),
     "fp8": WeightFormat("fp8"),
@@ -76,7 +77,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, default=None, help="default: where it works"
     )
-    parser.add_argument("--dynamic", action="store_true", help="compile code that serves all shapes")
+    parser.add_argument(
+        "--dynamic",
+        choices=tuple(DYNAMIC),
+        default="false",
+        help="compile code that serves all shapes; auto: from the second one on",
+    )
     parser.add_argument("--joint", action=argparse.BooleanOptionalAction, default=True, help="join layers of one input")
     parser.add_argument("--graphs", action=argparse.BooleanOptionalAction, default=True, help="CUDA graphs")
     parser.add_argument("--streams", type=int, choices=(1, 2), default=2, help="CUDA streams of a graph")
@@ -215,7 +221,7 @@ def memory_options(args: argparse.Namespace, device: torch.device) -> MemoryOpti
 
 def compile_options(args: argparse.Namespace) -> CompileOptions:
     """What the flags say."""
-    return CompileOptions(enabled=args.compile, dynamic=args.dynamic)
+    return CompileOptions(enabled=args.compile, dynamic=DYNAMIC[args.dynamic])
 
 
 class Step:
@@ -235,14 +241,18 @@ class Step:
 
     def begin(self, args: argparse.Namespace, device: torch.device, parameters: list[nn.Parameter]) -> None:
         """Inputs, targets, and the optimizer of what is trained."""
+        self.take(args, device)
+        self.parameters = parameters
+        self.optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=device.type == "cuda")
+
+    def take(self, args: argparse.Namespace, device: torch.device) -> None:
+        """Other inputs, and their targets: of the size that the flags say."""
         self.inputs = inputs(args, configuration(args), device)
         self.targets = {
             name: torch.randn_like(modality.latent, dtype=torch.float32)
             for name, modality in self.inputs.items()
             if modality is not None
         }
-        self.parameters = parameters
-        self.optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=device.type == "cuda")
 
     def prepare(self, args: argparse.Namespace, device: torch.device) -> None:
         """Recomputation, streaming, compilation and recording."""

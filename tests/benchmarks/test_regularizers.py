@@ -26,7 +26,7 @@ def test_flags_reach_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
         return prepare(model, options, compilation, *more, **keywords)
 
     monkeypatch.setattr(regularizers, "prepare_model", noting)
-    flags = [*SMALL, "--blocks_to_swap", "1", "--ring", "1", "--recompute", "full", "--compile", "--dynamic"]
+    flags = [*SMALL, "--blocks_to_swap", "1", "--ring", "1", "--recompute", "full", "--compile", "--dynamic", "true"]
     args = regularizers.train_step.parse_arguments(flags)
     regularizers.Bench(args, regularizers.torch.device("cpu"))
     assert asked == [(1, True, True, True)]

@@ -36,12 +36,14 @@ def test_prints_one_line_that_says_what_was_measured(arguments: list[str], capsy
     assert line["graphs"] is False and line["compiled"] is False
 
 
-@pytest.mark.parametrize("flags", [[], ["--dynamic"]])
-def test_shapes_are_symbolic_where_that_is_asked_for(flags: list[str], monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("flags", "expected"), [([], False), (["--dynamic", "auto"], None), (["--dynamic", "true"], True)]
+)
+def test_shapes_are_symbolic_where_that_is_asked_for(flags: list[str], expected: bool | None, monkeypatch) -> None:
     asked = []
     monkeypatch.setattr("ltx2_tuner.memory.prepare.compile_blocks", lambda _blocks, **how: asked.append(how["dynamic"]))
     train_step.Step(train_step.parse_arguments([*SMALL, "--compile", *flags]), torch.device("cpu"))
-    assert asked == [bool(flags)]
+    assert asked == [expected]
 
 
 @pytest.mark.parametrize("ring", [1, 3])
