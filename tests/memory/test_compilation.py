@@ -15,7 +15,7 @@ from ltx2_tuner.lora import LoRANetwork
 from ltx2_tuner.memory.compilation import PARTS, compile_blocks
 from ltx2_tuner.memory.options import CompileOptions, MemoryOptions
 from ltx2_tuner.memory.prepare import prepare_model
-from ltx2_tuner.models.transformer import LTXTransformer
+from ltx2_tuner.models.transformer import LTXTransformer, Modality
 from ltx2_tuner.training.acceleration import accelerate
 from tests.memory.blocks import BLOCKS, adapted, gradients
 from tests.models.transformer import tiny
@@ -40,25 +40,35 @@ def test_all_blocks_share_one_compilation_of_each_part(weights: str, streamed: i
     assert counters["stats"]["unique_graphs"] == len(PARTS)
 
 
-def test_one_more_compilation_serves_all_shapes_but_the_first() -> None:
+@pytest.mark.parametrize(
+    ("dynamic", "compilations"), [(False, 3), (None, 2), (True, 1)], ids=["each", "from the second on", "any"]
+)
+def test_shapes_share_compilations(dynamic: bool | None, compilations: int) -> None:
+    def shortened(modality: Modality, tokens: int) -> Modality:
+        shorter = {"latent": modality.latent[:, :tokens], "positions": modality.positions[:, :, :tokens]}
+        return dataclasses.replace(modality, **shorter)
+
     def passes(model: LTXTransformer, network: LoRANetwork) -> Iterator[list[torch.Tensor]]:
-        video = tiny.inputs(model.config, per_token=False)["video"]
-        for tokens in (12, 9, 7, 10):
+        given = tiny.inputs(model.config, per_token=False)
+        for tokens, of_sound in ((12, 5), (9, 4), (7, 3)):
             network.zero_grad(set_to_none=True)
-            shorter = {"latent": video.latent[:, :tokens], "positions": video.positions[:, :, :tokens]}
-            model(dataclasses.replace(video, **shorter), None)[0].square().mean().backward()
+            video, audio = shortened(given["video"], tokens), shortened(given["audio"], of_sound)
+            clean = torch.arange(tokens).expand(2, -1) < 2
+            levels = torch.stack([video.sigma, torch.zeros(2)], dim=1)
+            video = dataclasses.replace(video, timesteps=levels, timestep_index=clean.long())
+            sum(velocity.square().mean() for velocity in model(video, audio)).backward()
             yield [p.grad.clone() for p in network.parameters() if p.grad is not None]
 
     expected = list(passes(*adapted("dense")))
     model, network = adapted("dense")
     torch._dynamo.reset()
     counters.clear()
-    options = CompileOptions(enabled=True, backend="aot_eager", dynamic=None)
+    options = CompileOptions(enabled=True, backend="aot_eager", dynamic=dynamic)
     prepare_model(model, MemoryOptions(checkpointing=True), options, CPU)
     for found, wanted in zip(passes(model, network), expected, strict=True):
         for pair in zip(found, wanted, strict=True):
             torch.testing.assert_close(*pair, rtol=1e-4, atol=1e-6)
-    assert counters["stats"]["unique_graphs"] == 2 * 2, "two parts of the video stream, twice"
+    assert counters["stats"]["unique_graphs"] == compilations * len(PARTS)
 
 
 def test_a_user_is_not_reminded_of_what_has_been_checked(caplog: pytest.LogCaptureFixture) -> None:

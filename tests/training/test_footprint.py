@@ -47,7 +47,7 @@ def test_many_batch_shapes_share_a_compilation_unless_the_user_says_otherwise(tm
 
     options, count = shapes()
     assert count == 5
-    assert options.dynamic is False and suited(options, count).dynamic is None
+    assert options.dynamic is False and suited(options, count).dynamic is True
     assert suited(options, 3) == options
     for typed, dynamic in (("false", False), ("true", True), ("auto", None)):
         options, count = shapes("--compile_dynamic", typed)

@@ -95,8 +95,8 @@ def add_attention_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--compile_dynamic",
         choices=("true", "false", "auto"),
-        help="shapes that code is made for: any, each its own, any from the second shape on "
-        "(default: false, auto for more than 3 batch shapes)",
+        help="code is made for any number of tokens, for each shape anew, or for any from the second shape on "
+        "(default: false, true for more than 3 batch shapes)",
     )
     group.add_argument("--compile_fullgraph", **flag, help="refuse graph breaks")
     group.add_argument("--compile_cache_size_limit", type=int, help="shapes kept compiled")

@@ -1,9 +1,9 @@
 """Compiling the transformer block by block.
 
 All blocks share their code, so one compilation of a part serves all of them; a new bucket shape costs one more. Parts
-are compiled with static shapes: the kernels are faster, and the number of shapes is the number of buckets. torch keeps
-compilations in its cache directory for later runs, as long as each graph is of a kind that it keeps: no
-`torch.autograd.Function` in it (see `quantization.operators`), no switch of autocast.
+are compiled with static shapes, as the kernels are faster, unless there are many buckets. torch keeps compilations in
+its cache directory for later runs, as long as each graph is of a kind that it keeps: no `torch.autograd.Function` in it
+(see `quantization.operators`), no switch of autocast.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ import contextlib
 import importlib
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ltx2_tuner.memory.options import CompileOptions
+from ltx2_tuner.models.transformer.block import StreamInputs
 from ltx2_tuner.quantization.operators import open_to_inductor
 
 logger = logging.getLogger(__name__)
@@ -79,7 +80,8 @@ def compile_blocks(
 
     Args:
         mode: torch.compile's mode; None is its default.
-        dynamic: False compiles each shape anew, True and None let torch make shapes symbolic.
+        dynamic: False compiles each shape anew. True makes code for any number of tokens; torch would have sizes of
+            the adapters symbolic, too, which takes several times as long. None does from the second shape on.
         cache_entries: compilations kept before torch falls back to eager; too few of them turn a run with many
             buckets into one that compiles for ever.
     """
@@ -89,10 +91,32 @@ def compile_blocks(
     torch._dynamo.config.accumulated_cache_size_limit = max(
         torch._dynamo.config.accumulated_cache_size_limit, len(blocks) * cache_entries
     )
-    keywords = {"backend": backend, "mode": mode, "dynamic": dynamic, "fullgraph": fullgraph}
+    keywords = {"backend": backend, "mode": mode, "dynamic": dynamic and None, "fullgraph": fullgraph}
     for block in blocks:
         for name in PARTS:
-            setattr(block, name, torch.compile(getattr(block, name), **keywords))
+            part = torch.compile(getattr(block, name), **keywords)
+            setattr(block, name, _of_any_length(part) if dynamic else part)
+
+
+def _of_any_length(part: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A compiled part of a block, told that it will be given more tokens, or fewer, another time."""
+
+    def run(*arguments: object, **keywords: object) -> Tensor:
+        for tensor in _with_tokens(arguments):
+            torch._dynamo.maybe_mark_dynamic(tensor, 1)
+        return part(*arguments, **keywords)
+
+    return run
+
+
+def _with_tokens(arguments: Iterable[object]) -> Iterator[Tensor]:
+    """The tensors (B, T, ...) among what a part is given; masks are left to torch, few passes have one."""
+    for value in arguments:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, StreamInputs):
+            yield from (tensor for tensor in (value.index, *value.rope) if tensor is not None)
+            yield from () if value.cross is None else value.cross.rope
 
 
 def _matters(record: logging.LogRecord) -> bool:

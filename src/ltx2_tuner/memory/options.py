@@ -40,8 +40,8 @@ class MemoryOptions:
 class CompileOptions:
     """torch.compile per block.
 
-    enabled None: on for CUDA where it works. dynamic: symbolic shapes; None has torch make them so from the second
-    shape on. dynamic_typed: whether the user has said it.
+    enabled None: on for CUDA where it works. dynamic: code for any number of tokens; None has torch make such code from
+    the second shape on. dynamic_typed: whether the user has said it.
     """
 
     enabled: bool | None = None

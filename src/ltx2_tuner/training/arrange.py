@@ -75,7 +75,7 @@ def arrange(
     )
     logger.info("%s", arrangement.prepared)
     if arrangement.prepared.compiled and compilation != config.compilation:
-        logger.info("%d batch shapes: from the second on, code is compiled once for all of them", shapes)
+        logger.info("%d batch shapes: code is compiled once for all of them", shapes)
     return Arranged(model, network, arrangement, loftq)
 
 

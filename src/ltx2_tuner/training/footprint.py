@@ -179,12 +179,12 @@ def batch_shapes(config: TrainingConfig, data: TrainingData) -> Iterator[tuple[B
 def suited(options: CompileOptions, shapes: int) -> CompileOptions:
     """How blocks are compiled for batches of so many shapes, unless the user has said it.
 
-    Compiling takes its time for each shape. From the second shape on torch can make code for all others, which is a
-    little slower.
+    Compiling takes its time for each shape. Code for any number of tokens takes twice that, once, and is a little
+    slower.
     """
     if options.dynamic_typed or shapes <= _STATIC_SHAPES:
         return options
-    return replace(options, dynamic=None)
+    return replace(options, dynamic=True)
 
 
 def settled(config: TrainingConfig, plan: Plan | None) -> TrainingConfig:

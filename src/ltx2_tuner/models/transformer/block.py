@@ -71,6 +71,8 @@ def recomputable(part: Callable[..., Tensor]) -> Callable[..., Tensor]:
             return checkpoint(part, block, *arguments, use_reentrant=False, context_fn=_recompute_everything)
         return checkpoint(part, block, *arguments, use_reentrant=False)
 
+    # Code of its own: a compiler keeps what it knows of a function, such as the shapes it has met, with its code.
+    run.__code__ = run.__code__.replace(co_name=part.__name__)
     return run
 
 
