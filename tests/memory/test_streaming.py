@@ -153,5 +153,14 @@ def test_more_blocks_are_streamed_and_none_comes_home(blocks: int, data: st.Data
 
 
 def test_further_blocks_lie_far_from_those_that_are_streamed() -> None:
-    assert further_indices(12, (2, 3, 4), 5) == (2, 3, 4, 7, 11)
+    assert further_indices(12, (2, 3, 4), 5) == (2, 3, 4, 8, 11)
     assert further_indices(8, (), 2) == streamed_indices(8, 2)
+
+
+@pytest.mark.parametrize(("few", "many"), [(5, 23), (10, 12), (23, 31)])
+def test_further_blocks_are_spread_where_all_are_equally_far(few: int, many: int) -> None:
+    def longest_run(streamed: tuple[int, ...]) -> int:
+        return max(map(len, "".join("x" if index in streamed else "." for index in range(48)).split(".")))
+
+    after = further_indices(48, streamed_indices(48, few), many)
+    assert longest_run(after) <= longest_run(streamed_indices(48, many)) + 1

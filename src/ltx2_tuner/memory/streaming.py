@@ -37,7 +37,7 @@ def streamed_indices(blocks: int, count: int) -> tuple[int, ...]:
 
 
 def further_indices(blocks: int, streamed: Sequence[int], count: int) -> tuple[int, ...]:
-    """`count` of `blocks` blocks, those that are streamed already among them, the others as far from these as can be.
+    """`count` of `blocks` blocks, those that are streamed already among them, the others where few are near.
 
     None of them comes back to the device, which may have no room for it.
     """
@@ -46,7 +46,7 @@ def further_indices(blocks: int, streamed: Sequence[int], count: int) -> tuple[i
     chosen = set(streamed)
     while len(chosen) < count:
         others = (index for index in range(blocks) if index not in chosen)
-        chosen.add(max(others, key=lambda index: min(abs(index - other) for other in chosen)))
+        chosen.add(min(others, key=lambda index: sum((index - other) ** -2 for other in chosen)))
     return tuple(sorted(chosen))
 
 
