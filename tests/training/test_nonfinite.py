@@ -7,7 +7,9 @@ import torch
 from safetensors.torch import load_file
 
 from ltx2_tuner.errors import UserError
+from ltx2_tuner.training import loop
 from ltx2_tuner.training.guard import LIMIT, NonFiniteGuard
+from ltx2_tuner.training.optimizers import drops_by_itself
 from ltx2_tuner.training.saving import check_finite
 from ltx2_tuner.training.window import LossScaler
 from tests.training.tiny import Clip, Recorder, make_trainer, write_workspace
@@ -61,6 +63,40 @@ def test_one_bad_batch_of_a_hundred_is_skipped(tmp_path, checkpoint, caplog):
     assert_finite_files(space.output)
 
 
+@pytest.mark.parametrize("place", [0, 2], ids=["the first step", "a later one"])
+def test_a_fused_optimizer_drops_the_same_steps(tmp_path, checkpoint, monkeypatch, place):
+    """It is told on the device, before the host knows; what is trained and what is kept of it are the same."""
+    space = write_workspace(tmp_path, checkpoint, [Clip(grid=(1, 1, 1))] * 4)
+    flags = ["--max_train_steps", 4, "--optimizer_args", "fused=True", "weight_decay=0.1", "--learning_rate", 0.01]
+    found = []
+    for ahead in (True, False):
+        monkeypatch.setattr(loop, "drops_by_itself", drops_by_itself if ahead else lambda _optimizer: False)
+        trainer, recorder = poisoned_trainer(space, {place}, *flags)
+        trainer.train()
+        optimizer = trainer.run.optimizer
+        assert drops_by_itself(optimizer) and not hasattr(optimizer, "found_inf")
+        assert trainer.run.guard.dropped == 1 and trainer.progress.step == 4
+        assert {state["step"].item() for state in optimizer.state.values()} == {4}
+        moments = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+        values = [*trainer.run.network.parameters(), *moments]
+        found.append((recorder.values("loss/current"), values))
+    (losses, values), (expected_losses, expected) = found
+    assert losses == expected_losses and all(torch.equal(*pair) for pair in zip(values, expected, strict=True))
+    assert_finite_files(space.output)
+
+
+def test_the_host_does_not_wait_before_a_fused_step(tmp_path, checkpoint, monkeypatch):
+    """The values are fetched once, when the step has been begun."""
+    space = write_workspace(tmp_path, checkpoint)
+    trainer, _ = poisoned_trainer(space, set(), "--max_train_steps", 2, "--optimizer_args", "fused=True")
+    order = []
+    step, fetch = loop.step_unless, loop.fetch
+    monkeypatch.setattr(loop, "step_unless", lambda bad, optimizer: order.append("step") or step(bad, optimizer))
+    monkeypatch.setattr(loop, "fetch", lambda *window: order.append("fetch") or fetch(*window))
+    trainer.train()
+    assert order == ["step", "fetch"] * 2
+
+
 def test_a_bad_batch_drops_its_whole_window(tmp_path, checkpoint):
     space = write_workspace(tmp_path, checkpoint, [Clip(grid=(1, 1, 1))] * 4)
     trainer, _ = poisoned_trainer(space, {1}, "--gradient_accumulation_steps", 2, "--max_train_steps", 1)
@@ -96,10 +132,12 @@ def test_nan_check_error_stops_at_once(tmp_path, checkpoint):
         trainer.train()
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("mode", ["off", "warn"])
-def test_even_unchecked_an_adapter_of_nans_is_not_written(tmp_path, checkpoint, mode):
+def test_even_unchecked_an_adapter_of_nans_is_not_written(tmp_path, checkpoint, mode, fused):
     space = write_workspace(tmp_path, checkpoint)
-    trainer, _ = poisoned_trainer(space, {1}, "--nan_check", mode, "--save_state")
+    flags = ["--nan_check", mode, "--save_state", "--optimizer_args", f"fused={fused}"]
+    trainer, _ = poisoned_trainer(space, {1}, *flags)
     with pytest.raises(UserError, match="was not written"):
         trainer.train()
     assert not list(space.output.glob("**/*.safetensors"))

@@ -21,6 +21,11 @@ class NonFiniteGuard:
     in_a_row: int = 0
     seen: dict[str, int] = field(default_factory=dict)
 
+    @property
+    def drops(self) -> bool:
+        """Whether a window that is not finite is not stepped on."""
+        return self.check in ("skip", "error")
+
     def accept(self, finite: bool, items: list[str]) -> bool:
         """Whether the optimizer may step on a window made of `items`.
 

@@ -20,6 +20,7 @@ from ltx2_tuner.training.health import AdapterHealth
 from ltx2_tuner.training.modes import Prepared
 from ltx2_tuner.training.notes import RunNotes
 from ltx2_tuner.training.objective import LossTerms, task_loss
+from ltx2_tuner.training.optimizers import drops_by_itself, step_unless
 from ltx2_tuner.training.progress import LossAverage, Progress, StepLine, StopFlag, stop_requests
 from ltx2_tuner.training.random import DrawKey, default_generator_states, restore_default_generators
 from ltx2_tuner.training.run import Run
@@ -203,16 +204,29 @@ class Trainer:
         norms = run.gradients.norms().to(run.device)
         run.gradients.clip(norms[0])
         extra = {**run.balancer.metrics(), **run.regularizers.metrics()}
+        if self._steps_ahead:
+            wrong = (bad[0] > 0) | ~torch.isfinite(norms[0])
+            step_unless((wrong & run.guard.drops).float(), run.optimizer)
         return fetch(window, norms, bad, stopped, extra)
+
+    @property
+    def _steps_ahead(self) -> bool:
+        """Whether the optimizer's step is begun before the host knows that it may be made: the device knows.
+
+        It is thousands of kernels' worth of work for the host, which it does while the device is busy with the backward
+        pass.
+        """
+        run = self.run
+        return run.scaler is None and run.gradients.present and drops_by_itself(run.optimizer)
 
     def _step(self, values: WindowValues, waiting: float, line: StepLine) -> None:
         run, progress = self.run, self.progress
         rates = self._learning_rates()
-        if run.scaler is None and run.gradients.present:
-            run.optimizer.step()
-        elif run.gradients.present:
+        if run.scaler is not None and run.gradients.present:
             run.scaler.step(run.optimizer)
             run.scaler.update()
+        elif run.gradients.present and not self._steps_ahead:
+            run.optimizer.step()
         if run.scheduler is not None:
             run.scheduler.step()
         progress.step += 1

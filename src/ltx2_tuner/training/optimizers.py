@@ -111,6 +111,20 @@ def _construct(found: type[Optimizer], groups: list, keywords: Mapping[str, obje
         raise UserError(f"--optimizer_type {typed}: {error}; correct --optimizer_args") from error
 
 
+def drops_by_itself(optimizer: Optimizer) -> bool:
+    """Whether the device can be told to drop a step: torch's fused optimizers look at a flag there, for GradScaler."""
+    return getattr(optimizer, "_step_supports_amp_scaling", False)
+
+
+def step_unless(bad: torch.Tensor, optimizer: Optimizer) -> None:
+    """A step that changes nothing where `bad`, a float32 scalar on the device, is 1. See `drops_by_itself`."""
+    optimizer.found_inf = bad
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.found_inf
+
+
 def describe_optimizer(optimizer: Optimizer, options: OptimizerOptions) -> str:
     """`torch.optim.adamw.AdamW` or `torch.optim.adamw.AdamW(weight_decay=0.1)`, for the saved metadata."""
     name = f"{type(optimizer).__module__}.{type(optimizer).__name__}"
