@@ -62,6 +62,7 @@ def test_plans_of_the_frontier_are_predicted_likewise(line: dict) -> None:
 
 def planned(line: dict) -> tuple[Footprint, Choice]:
     flags = "--precision", line["precision"], "--lora_dtype", line.get("lora_dtype", "float32"), "--mode", line["mode"]
+    flags += "--frames", str(line["frames"])
     return footprint_of(*flags), Choice(
         line.get("blocks_to_swap", 0), RECOMPUTED[line["recompute"]], ring=line.get("ring") or 2
     )
