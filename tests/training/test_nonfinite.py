@@ -85,6 +85,40 @@ def test_a_fused_optimizer_drops_the_same_steps(tmp_path, checkpoint, monkeypatc
     assert_finite_files(space.output)
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "ahead"),
+    [
+        (("AdamW", "fused=True"), True),
+        (("Adam", "fused=True"), True),
+        (("AdamW",), False),
+        (("SGD", "fused=True", "momentum=0.9"), False),
+    ],
+    ids=["AdamW fused", "Adam fused", "AdamW", "SGD fused"],
+)
+def test_only_optimizers_that_drop_steps_unharmed_are_begun_early(tmp_path, checkpoint, optimizer, ahead):
+    space = write_workspace(tmp_path, checkpoint)
+    name, *keywords = optimizer
+    flags = ["--max_train_steps", 2, "--optimizer_type", name, *(("--optimizer_args", *keywords) if keywords else ())]
+    trainer, _ = poisoned_trainer(space, {0}, *flags)
+    assert drops_by_itself(trainer.run.optimizer) is ahead
+    trainer.train()
+    assert all(parameter.isfinite().all() for parameter in trainer.run.network.parameters())
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_a_state_may_come_from_an_optimizer_that_was_not_fused(tmp_path, checkpoint, before):
+    """A resumed state brings its own switches."""
+    space = write_workspace(tmp_path, checkpoint)
+    flags = ["--max_train_steps", 2, "--save_state", "--optimizer_args"]
+    first, _ = poisoned_trainer(space, set(), *flags, f"fused={before}")
+    first.train()
+    (state,) = space.output.glob("*-state")
+    flags = ["--max_train_steps", 4, "--resume", state, "--optimizer_args"]
+    second, _ = poisoned_trainer(space, set(), *flags, f"fused={not before}")
+    second.train()
+    assert second.progress.step == 4
+
+
 def test_the_host_does_not_wait_before_a_fused_step(tmp_path, checkpoint, monkeypatch):
     """The values are fetched once, when the step has been begun."""
     space = write_workspace(tmp_path, checkpoint)

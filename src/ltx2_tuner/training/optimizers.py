@@ -112,8 +112,12 @@ def _construct(found: type[Optimizer], groups: list, keywords: Mapping[str, obje
 
 
 def drops_by_itself(optimizer: Optimizer) -> bool:
-    """Whether the device can be told to drop a step: torch's fused optimizers look at a flag there, for GradScaler."""
-    return getattr(optimizer, "_step_supports_amp_scaling", False)
+    """Whether the device can be told to drop a step: torch's fused Adams look at a flag there, for GradScaler.
+
+    (SGD takes the flag, too, but a first step that is dropped leaves its momentum undefined.)
+    """
+    fused = all(group.get("fused") for group in optimizer.param_groups)  # a resumed state has brought its own
+    return type(optimizer) in (torch.optim.Adam, torch.optim.AdamW) and fused
 
 
 def step_unless(bad: torch.Tensor, optimizer: Optimizer) -> None:

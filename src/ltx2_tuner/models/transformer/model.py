@@ -242,14 +242,14 @@ class LTXTransformer(nn.Module):
     ) -> dict[str, Tensor]:
         if not hidden:
             return hidden
-        video, audio = hidden.get("video"), hidden.get("audio")
-        first = video if video is not None else audio
         if self.before_blocks is not None:
             self.before_blocks()
-        if self.blocks_alike and torch.is_grad_enabled():
+        if self.blocks_alike:
             # Copies: a compiler that allows for other shapes would tell a view from what it is a view of.
-            hidden = {stream: states.clone().requires_grad_() for stream, states in hidden.items()}
-            video, audio = hidden.get("video"), hidden.get("audio")
+            tracked = torch.is_grad_enabled()
+            hidden.update({stream: states.clone().requires_grad_(tracked) for stream, states in hidden.items()})
+        video, audio = hidden.get("video"), hidden.get("audio")
+        first = video if video is not None else audio
         # A block that recomputes itself is compiled with its recomputation, which is faster than recomputing around it.
         by_itself = getattr(self.block_runner, "recomputes", False)
         for index, block in enumerate(self.transformer_blocks):
