@@ -42,6 +42,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=48)
     parser.add_argument("--width_divisor", type=int, default=1, help="narrower heads, for machines without a big card")
     parser.add_argument("--device", default="cuda")
+    parser.set_defaults(mode="av", levels=1)  # the model takes one noise level a token, whatever they are
     return parser.parse_args(argv)
 
 
@@ -116,7 +117,6 @@ def _theirs(modality: Modality) -> object:
 
 def main(argv: list[str] | None = None) -> dict[str, object]:
     args = parse_arguments(argv)
-    args.mode = "av"
     keep_memory_in_one_piece()
     device = exact(args.device)
     step = PeerStep(args, device)

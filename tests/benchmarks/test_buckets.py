@@ -11,6 +11,7 @@ from benchmarks import buckets, train_step
 
 def test_a_line_for_each_bucket(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train_step, "MEASURED", 1)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "as before")  # the benchmark sets its own, in its own process
     small = ["--layers", "2", "--width_divisor", "8", "--device", "cpu"]
     assert buckets.main(["--buckets", "9x64x64", "17x64x96", "--", *small]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]

@@ -34,6 +34,7 @@ def test_prints_one_line_that_says_what_was_measured(arguments: list[str], capsy
     assert line["sec"] > 0 and line["precision"] == arguments[1]
     assert line["tokens"]["video"] == 2 * 2 * 2
     assert line["graphs"] is False and line["compiled"] is False
+    assert line["levels"] == 2 and line["dynamic"] == "false"
 
 
 @pytest.mark.parametrize(
@@ -44,6 +45,22 @@ def test_shapes_are_symbolic_where_that_is_asked_for(flags: list[str], expected:
     monkeypatch.setattr("ltx2_tuner.memory.prepare.compile_blocks", lambda _blocks, **how: asked.append(how["dynamic"]))
     train_step.Step(train_step.parse_arguments([*SMALL, "--compile", *flags]), torch.device("cpu"))
     assert asked == [expected]
+
+
+@pytest.mark.parametrize("mode", ["av", "video", "audio"])
+@pytest.mark.parametrize("levels", [1, 2])
+def test_the_first_frame_is_clean_unless_there_is_one_level(mode: str, levels: int) -> None:
+    flags = [*SMALL, "--mode", mode, *(["--levels", "1"] if levels == 1 else [])]
+    args = train_step.parse_arguments(flags)
+    given = train_step.inputs(args, train_step.configuration(args), torch.device("cpu"))
+    video, audio = given["video"], given["audio"]
+    if audio is not None:
+        assert audio.timestep_index is None and audio.timesteps.tolist() == [[pytest.approx(0.7)]]
+    if video is not None and levels == 1:
+        assert video.timestep_index is None and video.timesteps.shape == (1, 1)
+    elif video is not None:
+        of_token = video.timesteps[0, video.timestep_index[0]].tolist()
+        assert of_token == pytest.approx([0.0] * 4 + [0.7] * 4), "of two frames of four tokens"
 
 
 @pytest.mark.parametrize("ring", [1, 3])
