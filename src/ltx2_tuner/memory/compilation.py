@@ -91,7 +91,7 @@ def compile_blocks(
     torch._dynamo.config.accumulated_cache_size_limit = max(
         torch._dynamo.config.accumulated_cache_size_limit, len(blocks) * cache_entries
     )
-    keywords = {"backend": backend, "mode": mode, "dynamic": dynamic and None, "fullgraph": fullgraph}
+    keywords = {"backend": backend, "mode": mode, "dynamic": None if dynamic else dynamic, "fullgraph": fullgraph}
     for block in blocks:
         for name in PARTS:
             part = torch.compile(getattr(block, name), **keywords)

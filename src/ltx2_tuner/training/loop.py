@@ -193,7 +193,7 @@ class Trainer:
             raise KeyboardInterrupt
 
     def _close_window(self, window: list[MicroBatch], stop: StopFlag) -> WindowValues:
-        """Gather, unscale and measure the gradients; the one place a step waits for the device."""
+        """Gather, unscale and measure the gradients, and step if the device can drop it; the one place that waits."""
         run = self.run
         bad = sum((~torch.isfinite(batch.total)).float() for batch in window).reshape(1).to(run.device)
         stopped = torch.tensor([float(stop.raised)], device=run.device)
@@ -204,17 +204,16 @@ class Trainer:
         norms = run.gradients.norms().to(run.device)
         run.gradients.clip(norms[0])
         extra = {**run.balancer.metrics(), **run.regularizers.metrics()}
+        bad = bad.bool() | ~torch.isfinite(norms[:1])
         if self._steps_ahead:
-            wrong = (bad[0] > 0) | ~torch.isfinite(norms[0])
-            step_unless((wrong & run.guard.drops).float(), run.optimizer)
+            step_unless((bad[0] & run.guard.drops).float(), run.optimizer)
         return fetch(window, norms, bad, stopped, extra)
 
     @property
     def _steps_ahead(self) -> bool:
         """Whether the optimizer's step is begun before the host knows that it may be made: the device knows.
 
-        It is thousands of kernels' worth of work for the host, which it does while the device is busy with the backward
-        pass.
+        The host goes through thousands of parameters, which it does while the device is busy with the backward pass.
         """
         run = self.run
         return run.scaler is None and run.gradients.present and drops_by_itself(run.optimizer)

@@ -114,6 +114,7 @@ def fetch(
     still tells the sound's loss.
 
     Args:
+        bad: (1,), whether a loss or a gradient is not finite.
         extra: more device scalars to log, by name.
     """
     losses = [loss for batch in batches for loss in (batch.terms.video, batch.terms.audio) if loss is not None]
@@ -142,8 +143,7 @@ def fetch(
         metrics["loss/audio_video_ratio"] = metrics["loss/audio"] / metrics["loss/video"]
         metrics["loss/audio_weight_effective"] = audio_weight
     metrics |= {name: next(numbers) for name in extra}
-    finite = not is_bad and total_norm - total_norm == 0
-    return WindowValues(finite, [(batch.slot, total) for batch, total in zip(batches, totals)], metrics, stopped)
+    return WindowValues(not is_bad, [(batch.slot, total) for batch, total in zip(batches, totals)], metrics, stopped)
 
 
 @dataclass
