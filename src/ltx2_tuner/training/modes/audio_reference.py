@@ -9,6 +9,7 @@ import dataclasses
 
 import torch
 
+from ltx2_tuner.devices import send
 from ltx2_tuner.errors import UserError
 from ltx2_tuner.models.transformer.tokens import audio_positions
 from ltx2_tuner.training.modes.audio import AudioMode
@@ -70,7 +71,8 @@ def with_audio_reference(
     batch, count, _ = reference.shape
     positions = audio_positions(count, batch=batch, device=device)  # (B, 1, R, 2)
     if settings.negative_positions:
-        last = positions[torch.arange(batch), 0, lengths.long() - 1, 1]  # (B,)
+        samples, ends = torch.arange(batch, device=device), send(lengths.long() - 1, device)
+        last = positions[samples, 0, ends, 1]  # (B,)
         positions = positions - last[:, None, None, None] - options.audio_step_seconds
     target = torch.zeros(task.latent.shape[:2], dtype=torch.bool, device=device)
     given = torch.ones(batch, count, dtype=torch.bool, device=device)
@@ -81,7 +83,7 @@ def with_audio_reference(
         visible = ~clean if valid is None else valid & ~clean
     return dataclasses.replace(
         task,
-        latent=torch.cat([task.latent, reference.to(device, torch.float32)], dim=1),
+        latent=torch.cat([task.latent, send(reference, device, torch.float32)], dim=1),
         positions=torch.cat([task.positions, positions], dim=2),
         clean=clean,
         valid=valid,
@@ -99,5 +101,5 @@ def _valid(task: StreamTask, lengths: torch.Tensor, count: int) -> torch.Tensor 
         return None
     target = torch.ones_like(task.mask) if task.valid is None else task.valid
     device = target.device
-    reference = torch.arange(count, device=device)[None] < lengths.to(device)[:, None]
+    reference = torch.arange(count, device=device)[None] < send(lengths, device)[:, None]
     return torch.cat([target, reference & target.any(dim=1, keepdim=True)], dim=1)

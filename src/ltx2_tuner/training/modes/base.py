@@ -10,6 +10,7 @@ from typing import Protocol
 
 import torch
 
+from ltx2_tuner.devices import send
 from ltx2_tuner.models.transformer import LTXTransformer, Modality
 from ltx2_tuner.training.draws import Draws
 from ltx2_tuner.training.modes.streams import StreamTask, Text
@@ -97,7 +98,7 @@ class Compute:
 
     def modality(self, task: StreamTask, context: torch.Tensor, context_mask: torch.Tensor | None) -> Modality:
         """The model's record of one stream. Noise levels and positions stay float32 whatever the dtype."""
-        sigma = task.sigma.to(self.device)
+        sigma = send(task.sigma, self.device)
         levels, index = sigma[:, None], None
         if task.clean is not None:
             # Two distinct levels per sample are embedded once each, whatever the number of tokens.
@@ -108,8 +109,8 @@ class Compute:
             sigma=sigma,
             timesteps=levels,
             positions=task.positions,
-            context=context.to(self.device, self.dtype),
-            context_mask=None if context_mask is None else context_mask.to(self.device),
+            context=send(context, self.device, self.dtype),
+            context_mask=None if context_mask is None else send(context_mask, self.device),
             attention_mask=None if task.valid is None else task.valid[:, None].float(),
             timestep_index=index,
             cross_mask=task.valid if task.visible is None else task.visible,

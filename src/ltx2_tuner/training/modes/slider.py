@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import torch
 
+from ltx2_tuner.devices import send
 from ltx2_tuner.models.transformer import Modality
 from ltx2_tuner.training.draws import Draws
 from ltx2_tuner.training.modes.base import Compute, ModeOptions, Prepared
@@ -62,7 +63,7 @@ class TextSliderMode:
             yield multiplier, replace(prepared, video_task=replace(prepared.video_task, target=target))
 
     def _with_text(self, modality: Modality, text: torch.Tensor) -> Modality:
-        return replace(modality, context=text.to(self.compute.device, self.compute.dtype), context_mask=None)
+        return replace(modality, context=send(text, self.compute.device, self.compute.dtype), context_mask=None)
 
 
 def match_statistics(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

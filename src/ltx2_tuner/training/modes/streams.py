@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ltx2_tuner.devices import send
 from ltx2_tuner.errors import UserError
 from ltx2_tuner.models.transformer.tokens import audio_positions, patchify_audio, patchify_video, video_positions
 from ltx2_tuner.training.flow import add_noise, velocity
@@ -46,7 +47,7 @@ class StreamTask:
 
     def timesteps(self) -> torch.Tensor:
         """Noise level of every token, (B, T): 0 on conditioning tokens."""
-        levels = self.sigma.to(self.latent.device)[:, None].expand(self.latent.shape[:2])
+        levels = send(self.sigma, self.latent.device)[:, None].expand(self.latent.shape[:2])
         return levels if self.clean is None else levels.masked_fill(self.clean, 0.0)
 
 
@@ -65,15 +66,15 @@ def video_task(
     """
     batch, _, frames, height, width = latents.shape
     device = noise.device
-    tokens = patchify_video(latents.to(device, torch.float32))  # (B, T, C)
-    levels = sigma.to(device)[:, None]  # (B, 1)
+    tokens = patchify_video(send(latents, device, torch.float32))  # (B, T, C)
+    levels = send(sigma, device)[:, None]  # (B, 1)
     clean = None
     if frames > 1 and first_frame is not None:
         clean = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=device)
-        clean[:, : height * width] = first_frame.to(device)[:, None]
+        clean[:, : height * width] = send(first_frame, device)[:, None]
         levels = levels * ~clean  # (B, T)
     mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=device) if clean is None else ~clean
-    positions = video_positions(frames, height, width, fps.float().to(device), batch=batch, device=device)
+    positions = video_positions(frames, height, width, send(fps.float(), device), batch=batch, device=device)
     return StreamTask(add_noise(tokens, noise, levels), sigma, positions, velocity(tokens, noise), mask, clean)
 
 
@@ -87,12 +88,12 @@ def audio_task(
     """The sound stream of clean tokens (B, T, C), of which the first `lengths` (B,) (CPU) of each sample are real."""
     batch, tokens, _ = clean.shape
     device = noise.device
-    clean = clean.to(device, torch.float32)
-    levels = sigma.to(device)[:, None]
-    mask = torch.arange(tokens, device=device)[None] < lengths.to(device)[:, None]
+    clean = send(clean, device, torch.float32)
+    levels = send(sigma, device)[:, None]
+    mask = torch.arange(tokens, device=device)[None] < send(lengths, device)[:, None]
     positions = audio_positions(tokens, batch=batch, device=device)
     if sample_weights is not None:
-        sample_weights = sample_weights.to(device)
+        sample_weights = send(sample_weights, device)
     noisy, target = add_noise(clean, noise, levels), velocity(clean, noise)
     valid = mask if bool((lengths != tokens).any()) else None
     return StreamTask(noisy, sigma, positions, target, mask, sample_weights=sample_weights, valid=valid)

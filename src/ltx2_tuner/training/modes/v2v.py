@@ -6,6 +6,7 @@ import dataclasses
 
 import torch
 
+from ltx2_tuner.devices import send
 from ltx2_tuner.errors import UserError
 from ltx2_tuner.models.transformer.tokens import patchify_video, video_positions
 from ltx2_tuner.training.modes.streams import StreamTask
@@ -51,9 +52,9 @@ def with_reference(task: StreamTask, reference: torch.Tensor, fps: torch.Tensor,
     """
     batch, _, frames, height, width = reference.shape
     device = task.latent.device
-    tokens = patchify_video(reference.to(device, torch.float32))
+    tokens = patchify_video(send(reference, device, torch.float32))
     count = tokens.shape[1]
-    rate = fps.float().to(device)
+    rate = send(fps.float(), device)
     positions = video_positions(frames, height, width, rate, batch=batch, downscale=downscale, device=device)
     clean = ~task.mask if task.clean is None else task.clean
     return dataclasses.replace(

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ltx2_tuner.devices import send
 from ltx2_tuner.models.transformer import Modality
 from ltx2_tuner.training.draws import TrainingDraws
 from ltx2_tuner.training.modes import Prepared
@@ -118,7 +119,7 @@ class SelfFlow(Regularizer):
             self._features = self._teach(work.prepared.video, task, noise)
         self._raised = noise.mask & (noise.second > noise.first)[:, None]
         if task.clean is not None:
-            self._raised = self._raised.to(task.clean.device) & ~task.clean  # there: the host need not wait
+            self._raised = send(self._raised, task.clean.device) & ~task.clean  # there: the host need not wait
         levels = noise.levels
         work.prepared = self._student(work.prepared, noise)
         work.metrics |= {
@@ -164,12 +165,12 @@ class SelfFlow(Regularizer):
         task, video = prepared.video_task, prepared.video
         device = task.latent.device
         levels = noise.levels
-        latent = at_level(task, levels.to(device))
+        latent = at_level(task, send(levels, device))
         sigma = levels.mean(dim=1)
         zero = torch.zeros_like(sigma)
         if self.options.tokenwise_timestep:
             known = torch.stack([noise.first, noise.second, zero], dim=1)  # (B, 3)
-            index = noise.mask.to(device).long()
+            index = send(noise.mask, device).long()
             index = index if task.clean is None else index.masked_fill(task.clean, 2)
         else:
             known, index = torch.stack([sigma, zero], dim=1), None  # (B, 2)
@@ -180,8 +181,8 @@ class SelfFlow(Regularizer):
         video = dataclasses.replace(
             video,
             latent=latent.to(video.latent.dtype),
-            sigma=sigma.to(device),
-            timesteps=known.to(device),
+            sigma=send(sigma, device),
+            timesteps=send(known, device),
             timestep_index=index,
         )
         task = dataclasses.replace(task, latent=latent, sigma=sigma)
@@ -190,7 +191,7 @@ class SelfFlow(Regularizer):
     def _teach(self, video: Modality, task: StreamTask, noise: DualNoise) -> Tensor:
         """Features (B, T, D) of the teacher, which sees every token at the lower level."""
         device = task.latent.device
-        lower = noise.lower.to(device)
+        lower = send(noise.lower, device)
         latent = at_level(task, lower[:, None].expand(task.latent.shape[:2]))
         levels = lower[:, None] if task.clean is None else torch.stack([lower, torch.zeros_like(lower)], dim=1)
         view = dataclasses.replace(video, latent=latent.to(video.latent.dtype), sigma=lower, timesteps=levels)
@@ -213,7 +214,7 @@ class SelfFlow(Regularizer):
         options, factor = self.options, self._factor(work.step)
         parts = []
         if options.lambda_self_flow:
-            chosen = self._raised.to(student.device) if options.mask_focus_loss else None
+            chosen = send(self._raised, student.device) if options.mask_focus_loss else None
             with self.passes.autocast():
                 projected = self.projector(student.float()).float()
             cosine = token_cosine(projected, teacher, chosen)
@@ -281,7 +282,7 @@ def at_level(task: StreamTask, levels: Tensor) -> Tensor:
 
     x_s = (1 - s) clean + s noise is a line in s whose slope is the target.
     """
-    moved = levels - task.sigma.to(levels.device)[:, None]
+    moved = levels - send(task.sigma, levels.device)[:, None]
     if task.clean is not None:
         moved = moved.masked_fill(task.clean, 0.0)
     return task.latent + moved[..., None] * task.target
