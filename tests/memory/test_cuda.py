@@ -136,8 +136,11 @@ def test_offloaded_inputs_change_nothing() -> None:
 
 def test_two_streams_make_anew_what_lies_between_the_halves_of_blocks() -> None:
     model, network = on_gpu("dense")
-    expected = gradients(model, network, "cuda")
+    on_one = gradients(model, network, "cuda")
     model.block_runner = TwoStreams()
+    expected = gradients(model, network, "cuda")
+    for found, wanted in zip(expected, on_one):  # sound comes first on two streams: sums in bf16 in another order
+        assert (found.float() - wanted.float()).norm() < 0.05 * wanted.float().norm()
     model.enable_gradient_checkpointing()
     watch = Watch(model)
     loss = sum(output.float().square().mean() for output in model(**inputs(model)))

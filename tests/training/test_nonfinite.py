@@ -12,34 +12,8 @@ from ltx2_tuner.training.guard import LIMIT, NonFiniteGuard
 from ltx2_tuner.training.optimizers import drops_by_itself
 from ltx2_tuner.training.saving import check_finite
 from ltx2_tuner.training.window import LossScaler
-from tests.training.tiny import Clip, Recorder, make_trainer, write_workspace
-
-
-class Poisoned:
-    """Batches whose latents are NaN at the given places of the run."""
-
-    def __init__(self, data, places) -> None:
-        self.data, self.places, self.count = data, places, 0
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def set_epoch(self, epoch: int, skip: int = 0) -> None:
-        self.data.set_epoch(epoch, skip)
-
-    def __iter__(self):
-        for batch in self.data:
-            if self.places is None or self.count in self.places:
-                batch["latents"]["latents"] = torch.full_like(batch["latents"]["latents"], float("nan"))
-            self.count += 1
-            yield batch
-
-
-def poisoned_trainer(space, places, *flags):
-    recorder = Recorder()
-    trainer = make_trainer(space.arguments(*flags), recorder)
-    trainer.run.data = Poisoned(trainer.run.data, places)
-    return trainer, recorder
+from tests.training.poison import poisoned_trainer
+from tests.training.tiny import Clip, make_trainer, write_workspace
 
 
 def assert_finite_files(folder) -> None:
@@ -117,18 +91,6 @@ def test_a_state_may_come_from_an_optimizer_that_was_not_fused(tmp_path, checkpo
     second, _ = poisoned_trainer(space, set(), *flags, f"fused={not before}")
     second.train()
     assert second.progress.step == 4
-
-
-def test_the_host_does_not_wait_before_a_fused_step(tmp_path, checkpoint, monkeypatch):
-    """The values are fetched once, when the step has been begun."""
-    space = write_workspace(tmp_path, checkpoint)
-    trainer, _ = poisoned_trainer(space, set(), "--max_train_steps", 2, "--optimizer_args", "fused=True")
-    order = []
-    step, fetch = loop.step_unless, loop.fetch
-    monkeypatch.setattr(loop, "step_unless", lambda bad, optimizer: order.append("step") or step(bad, optimizer))
-    monkeypatch.setattr(loop, "fetch", lambda *window: order.append("fetch") or fetch(*window))
-    trainer.train()
-    assert order == ["step", "fetch"] * 2
 
 
 def test_a_bad_batch_drops_its_whole_window(tmp_path, checkpoint):

@@ -25,7 +25,7 @@ from ltx2_tuner.training.progress import LossAverage, Progress, StepLine, StopFl
 from ltx2_tuner.training.random import DrawKey, default_generator_states, restore_default_generators
 from ltx2_tuner.training.run import Run
 from ltx2_tuner.training.saving import Moment
-from ltx2_tuner.training.window import MicroBatch, WindowValues, fetch
+from ltx2_tuner.training.window import ClosedWindow, Fetch, MicroBatch, Window, WindowValues, several_processes
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +43,8 @@ class Trainer:
         self._health = AdapterHealth()
         self._notes = RunNotes(run.device, run.swapped)
         self._recent: dict | None = None  # the batch trained on last
+        self._closed: ClosedWindow | None = None  # whose step the host has not counted yet
+        self._stopping = False  # a process asked for the end while another batch had begun
         self.steps_per_epoch = math.ceil(len(run.data) / run.loop.accumulation)
         self.max_steps = run.loop.max_steps
         self.epochs = math.ceil(self.max_steps / self.steps_per_epoch)
@@ -85,21 +87,23 @@ class Trainer:
         if epoch != progress.epoch:
             progress.epoch, progress.step_in_epoch = epoch, 0
         skip = progress.step_in_epoch
-        window: list[MicroBatch] = []
-        waiting = 0.0
+        window = Window()
         self.run.data.set_epoch(epoch, skip)
         batches = iter(self.run.data)
         last_slot = len(self.run.data) - 1
         for slot in range(skip, len(self.run.data)):
             before = time.perf_counter()
             batch = next(batches)
-            waiting += time.perf_counter() - before
-            window.append(self._micro_batch(batch, slot))
+            window.waiting += time.perf_counter() - before
+            window.batches.append(self._micro_batch(batch, slot))
+            self._stopping |= self._settle(line)
             progress.step_in_epoch = slot + 1
-            if len(window) < self.run.loop.accumulation and slot != last_slot:
+            if len(window.batches) < self.run.loop.accumulation and slot != last_slot:
                 continue
-            self._finish_window(window, line, stop, waiting)
-            window, waiting = [], 0.0
+            self._close(window, stop)
+            window = Window()
+            if slot == last_slot or not self._may_run_ahead(stop):
+                self._settle_for_good(line)
             if progress.step >= self.max_steps and slot != last_slot:
                 return
         progress.step_in_epoch = 0
@@ -114,6 +118,7 @@ class Trainer:
         return MicroBatch(
             items=list(batch["item_keys"]),
             slot=slot,
+            has_audio=prepared.has_audio,
             total=terms.total.detach(),
             terms=terms.detached(),
             video_sigma=[] if prepared.video_task is None else prepared.video_task.sigma.tolist(),
@@ -123,13 +128,13 @@ class Trainer:
     def rehearse(self, batch: dict) -> None:
         """Forward and backward of a batch for the memory they take; only gradients are left behind."""
         run = self.run
-        states, balancer, monitor = default_generator_states(), run.balancer, run.monitor
-        run.balancer, run.monitor = AudioBalancer(run.loss.balance, run.device), None
+        states, balancer = default_generator_states(), run.balancer
+        run.balancer = AudioBalancer(run.loss.balance, run.device)
         self._set_training(True)
         try:
             self._learn(batch, self._draws(DrawKey(run.loop.seed, run.rank, 0)))
         finally:
-            run.balancer, run.monitor = balancer, monitor
+            run.balancer = balancer
             run.regularizers.metrics()  # those of the rehearsal are no step's
             restore_default_generators(states)
 
@@ -150,8 +155,6 @@ class Trainer:
         self._recent = batch
         work = run.regularizers.start(run.mode.prepare(batch, draws), batch, draws, self.progress.step)
         prepared = work.prepared
-        if run.monitor is not None:
-            run.monitor.observe(prepared.has_audio)
         with run.autocast(), run.regularizers.watching(work):
             video, audio = prepared.run(run.model)
         terms = task_loss(prepared, video, audio, run.loss, run.balancer)
@@ -176,27 +179,14 @@ class Trainer:
         loss = loss / self.run.loop.accumulation
         (loss if self.run.scaler is None else self.run.scaler.scale(loss)).backward()
 
-    def _finish_window(self, window: list[MicroBatch], line: StepLine, stop: StopFlag, waiting: float) -> None:
-        values = self._close_window(window, stop)
-        items = [item for batch in window for item in batch.items]
-        for batch in window:
-            self._used_sigmas.setdefault("timestep/used_values", []).extend(batch.video_sigma)
-            self._used_sigmas.setdefault("timestep/used_values_audio", []).extend(batch.audio_sigma)
-        if self.run.guard.accept(values.finite, items):
-            self._step(values, waiting, line)
-        elif self.run.scaler is not None and self.run.gradients.present:
-            self.run.scaler.update()  # which halves a scale that was too large
-        self._zero_gradients()
-        if values.stop:
-            moment = Moment("interrupt", self.progress.step, self.progress.epoch)
-            self._save(moment)
-            raise KeyboardInterrupt
-
-    def _close_window(self, window: list[MicroBatch], stop: StopFlag) -> WindowValues:
-        """Gather, unscale and measure the gradients, and step if the device can drop it; the one place that waits."""
-        run = self.run
-        bad = sum((~torch.isfinite(batch.total)).float() for batch in window).reshape(1).to(run.device)
-        stopped = torch.tensor([float(stop.raised)], device=run.device)
+    def _close(self, window: Window, stop: StopFlag) -> None:
+        """Gather, unscale and measure the gradients, and step if the device can drop it; nothing here waits."""
+        run, batches = self.run, window.batches
+        if run.monitor is not None:
+            for batch in batches:
+                run.monitor.observe(batch.has_audio)
+        bad = sum((~torch.isfinite(batch.total)).float() for batch in batches).reshape(1).to(run.device)
+        stopped = torch.full((1,), float(stop.raised or self._stopping), device=run.device)
         run.gradients.gather(bad, stopped)
         # After gathering, so that every process finds the same overflows.
         if run.scaler is not None and run.gradients.present:
@@ -205,26 +195,62 @@ class Trainer:
         run.gradients.clip(norms[0])
         extra = {**run.balancer.metrics(), **run.regularizers.metrics()}
         bad = bad.bool() | ~torch.isfinite(norms[:1])
-        if self._steps_ahead:
+        stepped = run.scaler is None and run.gradients.present and drops_by_itself(run.optimizer)
+        if stepped:
+            # The host goes through thousands of parameters, which it does while the device is busy.
             step_unless((bad[0] & run.guard.drops).float(), run.optimizer)
-        return fetch(window, norms, bad, stopped, extra)
+        self._closed = ClosedWindow(window, Fetch(batches, norms, bad, stopped, extra), stepped)
+        if stepped:
+            self._zero_gradients()
 
-    @property
-    def _steps_ahead(self) -> bool:
-        """Whether the optimizer's step is begun before the host knows that it may be made: the device knows.
+    def _may_run_ahead(self, stop: StopFlag) -> bool:
+        """Whether the next micro-batch may begin before the host knows how the closed window's step went.
 
-        The host goes through thousands of parameters, which it does while the device is busy with the backward pass.
+        The device then does not idle while the host logs and prepares. It has to where the host does more between two
+        steps: saving, validation, previews, whatever else reads or changes the network. All processes decide alike.
         """
-        run = self.run
-        return run.scaler is None and run.gradients.present and drops_by_itself(run.optimizer)
+        run, step = self.run, self.progress.step + 1
+        due = (run.saver.options.every_steps, run.validation.every_steps, run.samples.every_steps)
+        return (
+            self._closed.stepped
+            and step < self.max_steps
+            and not any(every and step % every == 0 for every in due)
+            and not run.regularizers.members
+            and not run.loop.scale_weight_norms
+            and not self._stopping
+            and (several_processes() or not stop.raised)
+        )
 
-    def _step(self, values: WindowValues, waiting: float, line: StepLine) -> None:
+    def _settle_for_good(self, line: StepLine) -> None:
+        """Settle, and end the run if that was asked for; no later batch has begun."""
+        if self._settle(line):
+            self._save(Moment("interrupt", self.progress.step, self.progress.epoch))
+            raise KeyboardInterrupt
+
+    def _settle(self, line: StepLine) -> bool:
+        """Wait for the window that was closed last and count its step; whether a process wants to stop."""
+        if self._closed is None:
+            return False
+        run, closed, self._closed = self.run, self._closed, None
+        values = closed.fetch.values()
+        for batch in closed.window.batches:
+            self._used_sigmas.setdefault("timestep/used_values", []).extend(batch.video_sigma)
+            self._used_sigmas.setdefault("timestep/used_values_audio", []).extend(batch.audio_sigma)
+        if run.guard.accept(values.finite, closed.window.items):
+            self._step(closed, values, line)
+        elif run.scaler is not None and run.gradients.present:
+            run.scaler.update()  # which halves a scale that was too large
+        if not closed.stepped:
+            self._zero_gradients()
+        return values.stop
+
+    def _step(self, closed: ClosedWindow, values: WindowValues, line: StepLine) -> None:
         run, progress = self.run, self.progress
         rates = self._learning_rates()
         if run.scaler is not None and run.gradients.present:
             run.scaler.step(run.optimizer)
             run.scaler.update()
-        elif run.gradients.present and not self._steps_ahead:
+        elif run.gradients.present and not closed.stepped:
             run.optimizer.step()
         if run.scheduler is not None:
             run.scheduler.step()
@@ -236,7 +262,7 @@ class Trainer:
         if run.monitor is not None:
             self.metrics |= run.monitor.follow(self.metrics)
         perf = line.advance(self.metrics, balanced=run.loss.balance.mode != "none")
-        perf["perf/data_wait_seconds"] = waiting
+        perf["perf/data_wait_seconds"] = closed.window.waiting
         run.log({**self.metrics, **perf, **rates}, progress.step)
         if run.rank == 0:
             self._notes.step(progress.step, {**self.metrics, **perf})

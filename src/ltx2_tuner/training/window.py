@@ -1,13 +1,14 @@
-"""One accumulation window: gradients of all processes, their norms, and one fetch of everything that is logged."""
+"""One accumulation window: gradients of all processes, their norms, and one copy of everything that is logged."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import distributed, nn
 
+from ltx2_tuner.devices import Arriving, send
 from ltx2_tuner.side_by_side import flat_of, views
 from ltx2_tuner.training.losses import StreamLoss
 from ltx2_tuner.training.objective import LossTerms, band_losses
@@ -19,10 +20,23 @@ class MicroBatch:
 
     items: list[str]
     slot: int  # place in the epoch
+    has_audio: bool  # of its own, not silence
     total: torch.Tensor
     terms: LossTerms
     video_sigma: list[float]
     audio_sigma: list[float]
+
+
+@dataclass
+class Window:
+    """The micro-batches of one optimizer step. waiting: seconds spent on waiting for their data."""
+
+    batches: list[MicroBatch] = field(default_factory=list)
+    waiting: float = 0.0
+
+    @property
+    def items(self) -> list[str]:
+        return [item for batch in self.batches for item in batch.items]
 
 
 @dataclass(frozen=True)
@@ -52,7 +66,7 @@ class Gradients:
 
         Parameters without a gradient here count as zero: another rank's batch may have reached them.
         """
-        if not _distributed():
+        if not several_processes():
             return
         for parameter in self.parameters:
             if parameter.grad is None:
@@ -105,45 +119,74 @@ class LossScaler(torch.amp.GradScaler):
         return super()._unscale_grads_(optimizer, inv_scale, found_inf, True)
 
 
-def fetch(
-    batches: Sequence[MicroBatch], norms: torch.Tensor, bad: torch.Tensor, stop: torch.Tensor, extra: dict
-) -> WindowValues:
-    """Bring every number of the window to the host in one copy.
+class Fetch:
+    """Every number of a window on its way to the host, in one copy that begins at once.
 
     A stream's loss is its mean over the micro-batches that trained it, so that a window whose last batch has no sound
     still tells the sound's loss.
 
     Args:
         bad: (1,), whether a loss or a gradient is not finite.
-        extra: more device scalars to log, by name.
+        extra: more scalars to log, by name.
     """
-    losses = [loss for batch in batches for loss in (batch.terms.video, batch.terms.audio) if loss is not None]
-    weights = [torch.as_tensor(batch.terms.audio_weight) for batch in batches]
-    flat = [*(batch.total for batch in batches), *norms, bad[0], stop[0], *weights]
-    flat += [value for loss in losses for value in (loss.mean, *loss.per_sample, *loss.active)]
-    flat += extra.values()
-    numbers = iter(torch.stack([value.detach().float().to(bad.device).reshape(()) for value in flat]).tolist())
-    totals = [next(numbers) for _ in batches]
-    total_norm, audio_norm, video_norm = next(numbers), next(numbers), next(numbers)
-    is_bad, stopped = next(numbers) > 0, next(numbers) > 0
-    audio_weights = [next(numbers) for _ in batches]
-    video, audio = _StreamValues("video", "loss_v"), _StreamValues("audio", "loss_a")
-    audio_weight = 0.0
-    for batch, weight in zip(batches, audio_weights):
-        video.add(batch.terms.video, batch.video_sigma, numbers)
-        if audio.add(batch.terms.audio, batch.audio_sigma, numbers):
-            audio_weight = weight
-    metrics = {"loss/current": totals[-1], "grad_norm/total": total_norm}
-    if audio_norm:
-        metrics |= {"grad_norm/audio": audio_norm, "grad_norm/video": video_norm}
-        if video_norm:
-            metrics["grad_norm/audio_video_ratio"] = audio_norm / video_norm
-    metrics |= {**video.metrics(), **audio.metrics()}
-    if metrics.get("loss/video") and "loss/audio" in metrics:
-        metrics["loss/audio_video_ratio"] = metrics["loss/audio"] / metrics["loss/video"]
-        metrics["loss/audio_weight_effective"] = audio_weight
-    metrics |= {name: next(numbers) for name in extra}
-    return WindowValues(not is_bad, [(batch.slot, total) for batch, total in zip(batches, totals)], metrics, stopped)
+
+    def __init__(
+        self,
+        batches: Sequence[MicroBatch],
+        norms: torch.Tensor,
+        bad: torch.Tensor,
+        stop: torch.Tensor,
+        extra: Mapping[str, torch.Tensor | float],
+    ) -> None:
+        self._batches, self._extra = batches, list(extra)
+        losses = [loss for batch in batches for loss in (batch.terms.video, batch.terms.audio) if loss is not None]
+        flat = [*(batch.total for batch in batches), *norms, bad[0], stop[0]]
+        flat += [batch.terms.audio_weight for batch in batches]
+        flat += [value for loss in losses for value in (loss.mean, *loss.per_sample, *loss.active)]
+        flat += extra.values()
+        self._numbers = Arriving(torch.stack([_scalar(value, bad.device) for value in flat]))
+
+    def values(self) -> WindowValues:
+        """The numbers; waits for the device to have made them."""
+        batches, numbers = self._batches, iter(self._numbers.wait().tolist())
+        totals = [next(numbers) for _ in batches]
+        total_norm, audio_norm, video_norm = next(numbers), next(numbers), next(numbers)
+        is_bad, stopped = next(numbers) > 0, next(numbers) > 0
+        audio_weights = [next(numbers) for _ in batches]
+        video, audio = _StreamValues("video", "loss_v"), _StreamValues("audio", "loss_a")
+        audio_weight = 0.0
+        for batch, weight in zip(batches, audio_weights):
+            video.add(batch.terms.video, batch.video_sigma, numbers)
+            if audio.add(batch.terms.audio, batch.audio_sigma, numbers):
+                audio_weight = weight
+        metrics = {"loss/current": totals[-1], "grad_norm/total": total_norm}
+        if audio_norm:
+            metrics |= {"grad_norm/audio": audio_norm, "grad_norm/video": video_norm}
+            if video_norm:
+                metrics["grad_norm/audio_video_ratio"] = audio_norm / video_norm
+        metrics |= {**video.metrics(), **audio.metrics()}
+        if metrics.get("loss/video") and "loss/audio" in metrics:
+            metrics["loss/audio_video_ratio"] = metrics["loss/audio"] / metrics["loss/video"]
+            metrics["loss/audio_weight_effective"] = audio_weight
+        metrics |= {name: next(numbers) for name in self._extra}
+        losses = [(batch.slot, total) for batch, total in zip(batches, totals)]
+        return WindowValues(not is_bad, losses, metrics, stopped)
+
+
+@dataclass(frozen=True)
+class ClosedWindow:
+    """A window whose gradients are complete. stepped: the device has been told to step on them if they are finite."""
+
+    window: Window
+    fetch: Fetch
+    stepped: bool
+
+
+def _scalar(value: torch.Tensor | float, device: torch.device) -> torch.Tensor:
+    """A float32 scalar on the device; nothing waits for it."""
+    if isinstance(value, torch.Tensor):
+        return send(value.detach(), device, torch.float32).reshape(())
+    return torch.full((), float(value), device=device)
 
 
 @dataclass
@@ -177,12 +220,13 @@ class _StreamValues:
 
 def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
     """Average of a scalar over the processes; the value itself with one."""
-    if not _distributed():
+    if not several_processes():
         return value
     value = value.detach().clone()
     distributed.all_reduce(value)
     return value / distributed.get_world_size()
 
 
-def _distributed() -> bool:
+def several_processes() -> bool:
+    """Whether gradients are averaged over processes."""
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1

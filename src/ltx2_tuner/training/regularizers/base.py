@@ -179,9 +179,9 @@ class Regularizers:
                 logger.warning("%s is not finite and left out (%d so far): %s", metric, self.skipped[metric], items)
         return kept
 
-    def metrics(self) -> dict[str, Tensor]:
+    def metrics(self) -> dict[str, Tensor | float]:
         """What the members logged since the last call; of several micro-batches the last one's."""
-        found = {name: torch.as_tensor(value) for name, value in self._metrics.items()}
+        found = dict(self._metrics)
         self._metrics.clear()
         return found
 
