@@ -20,6 +20,8 @@ class Paper:
         self.within: set[Stream] = set()
         self.apart: set[Stream] = set()  # streams within that have not come back
         self.launched: list[Graph] = []
+        self.allocating: list[object] = []  # pools whose capture has not ended, for all that the allocator knows
+        self.generator = Generator()
         stand_ins = {
             "Stream": lambda priority=0: Stream(self),
             "Event": lambda: Event(self),
@@ -27,6 +29,8 @@ class Paper:
             "stream": lambda stream: Current(self, stream),
             "current_stream": lambda device=None: self.current,
             "is_current_stream_capturing": lambda: self.current in self.within,
+            "current_device": lambda: 0,
+            "default_generators": (self.generator,),
             "synchronize": self.synchronize,
             "empty_cache": lambda: None,
             "graph_pool_handle": object,
@@ -38,12 +42,30 @@ class Paper:
         for name in ("memory_reserved", "memory_allocated", "max_memory_allocated"):
             monkeypatch.setattr(torch.cuda, name, lambda: 0)
         monkeypatch.setattr(torch._C, "_host_emptyCache", lambda: None, raising=False)
+        monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", self._end_allocation, raising=False)
         monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
+
+    def _end_allocation(self, device: int, pool: object) -> None:
+        if pool not in self.allocating:
+            raise RuntimeError("not currently recording to this pool")
+        self.allocating.remove(pool)
 
     def synchronize(self, device: object = None) -> None:
         if self.graph is not None:
             self.invalid = True
             raise RuntimeError("synchronised within a capture")
+
+
+class Generator:
+    """The default one of the device, which draws only where it takes itself to be outside of captures."""
+
+    capturing = False
+
+    def clone_state(self) -> Generator:
+        return Generator()
+
+    def graphsafe_set_state(self, state: Generator) -> None:
+        self.capturing = state.capturing
 
 
 class Stream:
@@ -105,6 +127,8 @@ class Graph(TorchDispatchMode):
         paper = self.paper
         assert paper.graph is None and pool is not None
         paper.graph, paper.origin, paper.within, paper.apart = self, paper.current, {paper.current}, set()
+        paper.allocating.append(pool)
+        paper.generator.capturing = True
         self.__enter__()
 
     def capture_end(self) -> None:
@@ -113,6 +137,8 @@ class Graph(TorchDispatchMode):
         invalid, paper.invalid, paper.graph, paper.within = paper.invalid, False, None, set()
         if invalid or paper.apart or paper.current is not paper.origin:
             raise RuntimeError("a capture ended that was invalid or without all of its streams")
+        paper.allocating.pop()
+        paper.generator.capturing = False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None) -> object:
         made = func(*args, **(kwargs or {}))

@@ -226,6 +226,23 @@ def test_a_capture_that_fails_leaves_a_model_that_trains(failure: str) -> None:
     for _ in range(4):
         check(gradients(model, network, batches[1]), expected[1])
     assert len(graphs.recordings) == (failure == "memory")
+    assert torch.rand(8, device="cuda").sum() > 0, "a capture under way would have its generator refuse"
+    assert watched_memory() <= 64 << 20
+
+
+def watched_memory() -> int:
+    """Bytes reserved for what two streams use one time after the other: of one time, unless a capture is under way."""
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    before, side = torch.cuda.memory_reserved(), torch.cuda.Stream()
+    for _ in range(5):
+        shared = torch.empty(64 << 20, dtype=torch.uint8, device="cuda")
+        with torch.cuda.stream(side):
+            shared.add_(1)
+        shared.record_stream(side)
+        del shared
+        torch.cuda.synchronize()
+    return torch.cuda.memory_reserved() - before
 
 
 def check(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:

@@ -265,8 +265,8 @@ def test_captures_that_cannot_end_leave_a_model_that_trains(
             end = graph.capture_end
 
             def fail() -> None:
+                paper.invalid = True
                 end()
-                raise RuntimeError("invalidated")
 
             def run_out(*_: object) -> None:
                 raise torch.OutOfMemoryError("no more of it")
@@ -283,6 +283,7 @@ def test_captures_that_cannot_end_leave_a_model_that_trains(
     assert not graphs.recorder.grads and not graphs.recordings
     assert bool(graphs.refused) == memory == graphs.works
     assert paper.graph is None and paper.current is paper.default and model.block_runner is run_block
+    assert not paper.allocating and not paper.generator.capturing, "torch would take the capture to be under way"
 
 
 class Copies(TorchDispatchMode):

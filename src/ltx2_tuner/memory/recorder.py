@@ -111,6 +111,9 @@ class Recorder:
             self.held += torch.cuda.memory_reserved() - before
             self._check(recording, expected)
             return recording
+        except RuntimeError:
+            _leave_capture(self.pool)
+            raise
         finally:
             self._clean_up()
 
@@ -210,6 +213,19 @@ class Recorder:
 
     def _ring(self) -> RingState | None:
         return None if self.store is None else self.store.state()
+
+
+def _leave_capture(pool: tuple[int, int]) -> None:
+    """Have torch forget a capture that could not be ended properly, which it takes to be still under way.
+
+    Its allocator would keep what several streams have used, and its default generator would refuse to draw.
+    """
+    device = torch.cuda.current_device()
+    with contextlib.suppress(RuntimeError, AttributeError):  # it was ended
+        torch._C._cuda_endAllocateToPool(device, pool)
+    with contextlib.suppress(IndexError, AttributeError):
+        generator = torch.cuda.default_generators[device]
+        generator.graphsafe_set_state(generator.clone_state())
 
 
 def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
