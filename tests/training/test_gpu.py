@@ -43,6 +43,8 @@ def test_steps_wait_for_nothing(tmp_path, checkpoint, compiled):
             trainer.train()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    waits = {f"{warning.filename}:{warning.lineno}" for warning in caught if "called a synchronizing" in str(warning.message)}
+    waits = {
+        f"{warning.filename}:{warning.lineno}" for warning in caught if "called a synchronizing" in str(warning.message)
+    }
     assert not waits
     assert len(recorder.values("loss/current")) == STEPS

@@ -71,7 +71,8 @@ def prepare_model(
         shards: what took the matrices of all blocks while they were loaded, for a sharded model.
         hosts: what took those of streamed blocks while they were loaded.
     """
-    model.set_attention_backend(usable_backend(options.attention, device))
+    any_length = compiled(compilation, device) and compilation.dynamic is not False
+    model.set_attention_backend(usable_backend(options.attention, device), any_length=any_length)
     if options.split_attention != "none":
         model.split_attention(options.split_attention, options.split_mode or "batch", options.split_chunk)
     if options.ffn_chunk_size:
@@ -82,8 +83,7 @@ def prepare_model(
         store = ShardedStore(model.transformer_blocks, shards, device, ring=options.ring)
         model.block_runner = store
     _recompute(model, options, device)
-    compiled = _compile(model, compilation, device)
-    return MemoryPlan(store, bool(options.checkpointing), compiled)
+    return MemoryPlan(store, bool(options.checkpointing), _compile(model, compilation, device))
 
 
 def rearrange(model: LTXTransformer, plan: MemoryPlan, options: MemoryOptions, device: torch.device) -> MemoryPlan:

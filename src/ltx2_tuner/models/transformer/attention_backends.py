@@ -25,13 +25,14 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) 
     """torch's scaled dot-product attention."""
     parts = _query_parts(query.shape[1], key.shape[1]) if mask is None else 1
     if parts == 1:
-        return _sdpa(query, key, value, mask)
+        return whole_sdpa(query, key, value, mask)
     grouped = query.unflatten(1, (parts, -1)).flatten(0, 1)
     key, value = (tensor.unsqueeze(1).expand(-1, parts, -1, -1, -1).flatten(0, 1) for tensor in (key, value))
-    return _sdpa(grouped, key, value, None).reshape(query.shape)
+    return whole_sdpa(grouped, key, value).reshape(query.shape)
 
 
-def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+def whole_sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The same with all queries at once: how they are best split depends on their number."""
     mask = None if mask is None else mask.to(query.dtype)
     result = F.scaled_dot_product_attention(
         query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=mask
@@ -88,14 +89,17 @@ _BACKENDS: dict[str, tuple[str, Callable[[], AttentionFunction]]] = {
 }
 
 
-def attention_function(name: str) -> AttentionFunction:
+def attention_function(name: str, *, any_length: bool = False) -> AttentionFunction:
     """The backend called `sdpa`, `flash_attn`, `flash3` or `xformers`.
+
+    Args:
+        any_length: it is compiled once for any number of tokens, so nothing may depend on that.
 
     Raises:
         UserError: the backend's package is not installed or does not load.
     """
     if name == "sdpa":
-        return sdpa
+        return whole_sdpa if any_length else sdpa
     package, build = _BACKENDS[name]
     try:
         return build()

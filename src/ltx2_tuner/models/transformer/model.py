@@ -160,9 +160,9 @@ class LTXTransformer(nn.Module):
         for block in self.transformer_blocks:
             block.keep_products, block.saved_inputs = keep_products, saved_inputs
 
-    def set_attention_backend(self, name: str) -> None:
-        """Use `sdpa`, `flash_attn`, `flash3` or `xformers` in all blocks."""
-        attend = attention_function(name)
+    def set_attention_backend(self, name: str, *, any_length: bool = False) -> None:
+        """Use `sdpa`, `flash_attn`, `flash3` or `xformers` in all blocks; arguments as of `attention_function`."""
+        attend = attention_function(name, any_length=any_length)
         for module in self._block_modules("all", ATTENTION_TARGETS):
             module.attend = attend
 
