@@ -1,7 +1,7 @@
 """Seconds and memory of one training step at full size with each regularizer, random weights made on the device.
 
-One JSON line a regularizer: the median of 3 steps after 1 (2 where blocks are compiled). A step is everything that the
-training loop does with a batch: draws, passes, losses, backward, clipping, AdamW.
+One JSON line a regularizer: the median of 3 steps after those that compile and record. A step is everything that the
+training loop does with a batch: draws, passes, losses, backward, clipping, AdamW. Flags as of train_step.py.
 
 python benchmarks/regularizers.py --precision fp8 --blocks_to_swap 40 --recompute full
 python benchmarks/regularizers.py --layers 4 --width_divisor 32 --size 64 64 --frames 17 --device cpu   # a small one
@@ -26,6 +26,7 @@ from benchmarks import train_step
 from ltx2_tuner.cli.allocator import keep_memory_in_one_piece
 from ltx2_tuner.memory.prepare import host_blocks, prepare_model
 from ltx2_tuner.models.transformer.tokens import audio_latent_length
+from ltx2_tuner.training.acceleration import accelerate
 from ltx2_tuner.training.draws import TrainingDraws
 from ltx2_tuner.training.modes import MODES, Compute, ModeOptions
 from ltx2_tuner.training.objective import task_loss
@@ -68,6 +69,8 @@ class Bench:
         self.model, self.network = train_step.build(args, device, hosts)
         compilation = train_step.compile_options(args)
         self.plan = prepare_model(self.model, memory, compilation, device, hosts=hosts)
+        if args.joint:
+            accelerate(self.model, self.network, self.plan, torch.bfloat16, graphs=args.graphs, streams=args.streams)
         self.grid = ((args.frames - 1) // 8 + 1, args.size[0] // 32, args.size[1] // 32)
         self.autocast = (
             contextlib.nullcontext if device.type == "cpu" else lambda: torch.autocast(device.type, torch.bfloat16)
@@ -109,11 +112,12 @@ class Bench:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         times = []
-        warm_up = 2 if self.plan.compiled else 1
+        warm_up = train_step.WARM_UP if self.plan.compiled else 1
         for number in range(warm_up + MEASURED):
             train_step._synchronize(self.device)
             start = time.perf_counter()
-            draws = TrainingDraws(DrawKey(0, 0, number), SigmaSampler(mode="stretched"), self.device)
+            key, sampler = DrawKey(0, 0, number), SigmaSampler(mode="stretched")
+            draws = TrainingDraws(key, sampler, self.device, first_frame_p=0.1 if self.args.levels == 2 else 0.0)
             work = regularizers.start(mode.prepare(batch, draws), batch, draws, number + 1)
             with self.autocast(), regularizers.watching(work):
                 video, audio = work.prepared.run(self.model)
@@ -131,6 +135,8 @@ class Bench:
 
 def main(argv: list[str] | None = None) -> None:
     args = train_step.parse_arguments(argv)
+    if args.profile:
+        raise SystemExit("--profile: of train_step.py alone")
     keep_memory_in_one_piece()  # as the trainer does
     device = torch.device(args.device)
     bench = Bench(args, device)

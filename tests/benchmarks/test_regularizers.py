@@ -30,3 +30,17 @@ def test_flags_reach_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     args = regularizers.train_step.parse_arguments(flags)
     regularizers.Bench(args, regularizers.torch.device("cpu"))
     assert asked == [(1, True, True, True)]
+
+
+@pytest.mark.parametrize("flags", [[], ["--no-graphs", "--streams", "1"], ["--no-joint"]])
+def test_passes_are_made_fast_as_the_flags_say(monkeypatch: pytest.MonkeyPatch, flags: list[str]) -> None:
+    asked = []
+    monkeypatch.setattr(regularizers, "accelerate", lambda *_, **keywords: asked.append(keywords))
+    args = regularizers.train_step.parse_arguments([*SMALL, *flags])
+    regularizers.Bench(args, regularizers.torch.device("cpu"))
+    assert asked == ([{"graphs": args.graphs, "streams": args.streams}] if args.joint else [])
+
+
+def test_a_profile_is_refused() -> None:
+    with pytest.raises(SystemExit, match="--profile"):
+        regularizers.main([*SMALL, "--profile", "top.txt"])
