@@ -17,10 +17,9 @@ def exact(device: str | torch.device) -> torch.device:
 def send(tensor: Tensor, device: torch.device | str, dtype: torch.dtype | None = None) -> Tensor:
     """The tensor on `device`, without waiting for what a GPU is doing: a plain copy to it ends all its work first."""
     device = torch.device(device)
-    if tensor.device.type == "cpu" and device.type != "cpu":
-        if device.type == "cuda" and not tensor.is_pinned():
-            tensor = tensor.pin_memory()
-        tensor = tensor.to(device, non_blocking=True)
+    if tensor.device.type == "cpu" and device.type == "cuda":
+        pinned = tensor if tensor.is_pinned() else tensor.pin_memory()
+        tensor = pinned.to(device, non_blocking=True)
     return tensor.to(device, dtype)
 
 

@@ -21,6 +21,7 @@ class Paper:
         self.apart: set[Stream] = set()  # streams within that have not come back
         self.launched: list[Graph] = []
         self.allocating: list[object] = []  # pools whose capture has not ended, for all that the allocator knows
+        self.held: list[object] = []  # pools that such a capture holds
         self.generator = Generator()
         stand_ins = {
             "Stream": lambda priority=0: Stream(self),
@@ -43,6 +44,7 @@ class Paper:
             monkeypatch.setattr(torch.cuda, name, lambda: 0)
         monkeypatch.setattr(torch._C, "_host_emptyCache", lambda: None, raising=False)
         monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", self._end_allocation, raising=False)
+        monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda _, pool: self.held.remove(pool), raising=False)
         monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
 
     def _end_allocation(self, device: int, pool: object) -> None:
@@ -128,6 +130,7 @@ class Graph(TorchDispatchMode):
         assert paper.graph is None and pool is not None
         paper.graph, paper.origin, paper.within, paper.apart = self, paper.current, {paper.current}, set()
         paper.allocating.append(pool)
+        paper.held.append(pool)
         paper.generator.capturing = True
         self.__enter__()
 
@@ -138,6 +141,7 @@ class Graph(TorchDispatchMode):
         if invalid or paper.apart or paper.current is not paper.origin:
             raise RuntimeError("a capture ended that was invalid or without all of its streams")
         paper.allocating.pop()
+        paper.held.pop()  # from here on by the graph
         paper.generator.capturing = False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None) -> object:

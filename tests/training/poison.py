@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import torch
 
+from ltx2_tuner.errors import UserError
 from ltx2_tuner.training.loop import Trainer
 from tests.training.tiny import Recorder, Workspace, make_trainer
 
 
 class Poisoned:
-    """Batches whose latents are NaN at the given places of the run."""
+    """Batches whose latents are NaN at the given places of the run; one cannot be read."""
 
-    def __init__(self, data, places) -> None:
-        self.data, self.places, self.count = data, places, 0
+    def __init__(self, data, places, unreadable: int | None = None) -> None:
+        self.data, self.places, self.unreadable, self.count = data, places, unreadable, 0
 
     def __len__(self) -> int:
         return len(self.data)
@@ -22,6 +23,8 @@ class Poisoned:
 
     def __iter__(self):
         for batch in self.data:
+            if self.count == self.unreadable:
+                raise UserError("a damaged cache")
             if self.places is None or self.count in self.places:
                 batch["latents"]["latents"] = torch.full_like(batch["latents"]["latents"], float("nan"))
             self.count += 1

@@ -7,13 +7,16 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from ltx2_tuner.devices import Arriving, send
+from ltx2_tuner.errors import UserError
 from ltx2_tuner.training.loop import Trainer
 from ltx2_tuner.training.state import METADATA, newest_state
 from ltx2_tuner.training.window import Fetch
@@ -67,6 +70,16 @@ def test_what_the_host_does_between_steps_has_it_wait(space, monkeypatch, flags)
     assert order_of(trainer, monkeypatch) == ["batch", "step", "read"] * 3
 
 
+def test_previews_have_it_wait(space, monkeypatch):
+    """The recordings in whose memory gradients lie are released before them."""
+    prompts = space.root / "prompts.txt"
+    prompts.write_text("a cat", encoding="utf-8")
+    flags = ("--sample_every_n_steps", 1, "--sample_prompts", prompts, "--gemma_root", space.root)
+    sampler = SimpleNamespace(sample=lambda *_, **__: None)
+    trainer = make_trainer(space.arguments(*FUSED, "--max_train_steps", 3, *flags), sampler=sampler)
+    assert order_of(trainer, monkeypatch) == ["batch", "step", "read"] * 3
+
+
 @pytest.mark.parametrize(
     ("places", "flags"),
     [
@@ -94,6 +107,35 @@ def test_it_changes_nothing_but_the_time(space, monkeypatch, places, flags):
     assert files.keys() == expected.keys() and any("state" in name for name in files)
     for name, value in expected.items():
         assert torch.equal(files[name], value) if isinstance(value, torch.Tensor) else files[name] == value, name
+
+
+@pytest.mark.parametrize("bad", [False, True])
+def test_an_error_does_not_lose_the_step_before(space, bad):
+    """That step is logged; or it was the one at fault, and is what the run ends with."""
+    flags = ("--max_train_steps", 5, "--nan_check", "error")
+    trainer, recorder = poisoned_trainer(space, {1} if bad else set(), *FUSED, *flags)
+    trainer.run.data.unreadable = 2
+    with pytest.raises(UserError, match="not finite in a step" if bad else "a damaged cache"):
+        trainer.train()
+    assert trainer.progress.step == len(recorder.values("loss/current")) == (1 if bad else 2)
+
+
+def test_waiting_for_data_is_part_of_the_step_it_is_logged_with(space):
+    """A batch is waited for before the step before is counted."""
+    trainer, recorder = poisoned_trainer(space, set(), *FUSED, "--max_train_steps", 4)
+    batches = type(trainer.run.data).__iter__
+
+    class Slow(type(trainer.run.data)):
+        def __iter__(self):
+            for place, batch in enumerate(batches(self)):
+                time.sleep(0.5 if place == 2 else 0)
+                yield batch
+
+    trainer.run.data.__class__ = Slow
+    trainer.train()
+    waits, seconds = recorder.values("perf/data_wait_seconds"), recorder.values("perf/step_seconds")
+    assert sum(wait >= 0.5 for wait in waits) == 1
+    assert all(wait <= step for wait, step in zip(waits, seconds, strict=True))
 
 
 def _without_times(recorder: Recorder) -> list[dict[str, float]]:
@@ -137,7 +179,8 @@ def test_a_stop_loses_nothing(space, monkeypatch, moment):
         patch.setattr(place, name, interrupted)
         with pytest.raises(KeyboardInterrupt):
             trainer.train()
-    assert trainer.progress.step == trainer.progress.micro_batches == len(calls) < 5
+    # While a batch begins, the step before is not read yet: one more. While one is read, another batch has begun.
+    assert trainer.progress.step == trainer.progress.micro_batches == (2 if moment == "prepare" else 3)
     state = newest_state(space.output, "tiny")
     second = Recorder()
     make_trainer(space.arguments(*flags, "--resume", state), second).train()

@@ -218,11 +218,12 @@ class Recorder:
 def _leave_capture(pool: tuple[int, int]) -> None:
     """Have torch forget a capture that could not be ended properly, which it takes to be still under way.
 
-    Its allocator would keep what several streams have used, and its default generator would refuse to draw.
+    Its allocator would keep what several streams have used, and the pool; its default generator would refuse to draw.
     """
     device = torch.cuda.current_device()
     with contextlib.suppress(RuntimeError, AttributeError):  # it was ended
         torch._C._cuda_endAllocateToPool(device, pool)
+        torch._C._cuda_releasePool(device, pool)  # as `torch.cuda.use_mem_pool` ends
     with contextlib.suppress(IndexError, AttributeError):
         generator = torch.cuda.default_generators[device]
         generator.graphsafe_set_state(generator.clone_state())

@@ -25,7 +25,7 @@ from ltx2_tuner.training.progress import LossAverage, Progress, StepLine, StopFl
 from ltx2_tuner.training.random import DrawKey, default_generator_states, restore_default_generators
 from ltx2_tuner.training.run import Run
 from ltx2_tuner.training.saving import Moment
-from ltx2_tuner.training.window import ClosedWindow, Fetch, MicroBatch, Window, WindowValues, several_processes
+from ltx2_tuner.training.window import ClosedWindow, Fetch, MicroBatch, WindowValues, several_processes
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +44,7 @@ class Trainer:
         self._notes = RunNotes(run.device, run.swapped)
         self._recent: dict | None = None  # the batch trained on last
         self._closed: ClosedWindow | None = None  # whose step the host has not counted yet
+        self._waiting = 0.0  # seconds for data since a step was counted
         self._stopping = False  # a process asked for the end while another batch had begun
         self.steps_per_epoch = math.ceil(len(run.data) / run.loop.accumulation)
         self.max_steps = run.loop.max_steps
@@ -77,9 +78,14 @@ class Trainer:
                 line.pause()
             epoch = self._next_epoch
             # Skipped steps are made up for, unless the run's length was given in epochs.
-            while self.progress.step < self.max_steps and epoch <= (run.loop.max_epochs or epoch):
-                self._run_epoch(epoch, line, stop)
-                epoch += 1
+            try:
+                while self.progress.step < self.max_steps and epoch <= (run.loop.max_epochs or epoch):
+                    self._run_epoch(epoch, line, stop)
+                    epoch += 1
+            except Exception:
+                with contextlib.suppress(RuntimeError):  # the device may be what failed
+                    self._settle(line)  # the step before is done, and may be what is at fault
+                raise
         self._save(Moment("final", self.progress.step, self.progress.epoch))
 
     def _run_epoch(self, epoch: int, line: StepLine, stop: StopFlag) -> None:
@@ -87,21 +93,21 @@ class Trainer:
         if epoch != progress.epoch:
             progress.epoch, progress.step_in_epoch = epoch, 0
         skip = progress.step_in_epoch
-        window = Window()
+        window: list[MicroBatch] = []
         self.run.data.set_epoch(epoch, skip)
         batches = iter(self.run.data)
         last_slot = len(self.run.data) - 1
         for slot in range(skip, len(self.run.data)):
             before = time.perf_counter()
             batch = next(batches)
-            window.waiting += time.perf_counter() - before
-            window.batches.append(self._micro_batch(batch, slot))
+            self._waiting += time.perf_counter() - before
+            window.append(self._micro_batch(batch, slot))
             self._stopping |= self._settle(line)
             progress.step_in_epoch = slot + 1
-            if len(window.batches) < self.run.loop.accumulation and slot != last_slot:
+            if len(window) < self.run.loop.accumulation and slot != last_slot:
                 continue
             self._close(window, stop)
-            window = Window()
+            window = []
             if slot == last_slot or not self._may_run_ahead(stop):
                 self._settle_for_good(line)
             if progress.step >= self.max_steps and slot != last_slot:
@@ -179,9 +185,9 @@ class Trainer:
         loss = loss / self.run.loop.accumulation
         (loss if self.run.scaler is None else self.run.scaler.scale(loss)).backward()
 
-    def _close(self, window: Window, stop: StopFlag) -> None:
-        """Gather, unscale and measure the gradients, and step if the device can drop it; nothing here waits."""
-        run, batches = self.run, window.batches
+    def _close(self, batches: list[MicroBatch], stop: StopFlag) -> None:
+        """Gather, unscale and measure the gradients, and step if the device can drop it; nothing here waits for it."""
+        run = self.run
         if run.monitor is not None:
             for batch in batches:
                 run.monitor.observe(batch.has_audio)
@@ -199,7 +205,7 @@ class Trainer:
         if stepped:
             # The host goes through thousands of parameters, which it does while the device is busy.
             step_unless((bad[0] & run.guard.drops).float(), run.optimizer)
-        self._closed = ClosedWindow(window, Fetch(batches, norms, bad, stopped, extra), stepped)
+        self._closed = ClosedWindow(batches, Fetch(batches, norms, bad, stopped, extra), stepped)
         if stepped:
             self._zero_gradients()
 
@@ -233,10 +239,10 @@ class Trainer:
             return False
         run, closed, self._closed = self.run, self._closed, None
         values = closed.fetch.values()
-        for batch in closed.window.batches:
+        for batch in closed.batches:
             self._used_sigmas.setdefault("timestep/used_values", []).extend(batch.video_sigma)
             self._used_sigmas.setdefault("timestep/used_values_audio", []).extend(batch.audio_sigma)
-        if run.guard.accept(values.finite, closed.window.items):
+        if run.guard.accept(values.finite, closed.items):
             self._step(closed, values, line)
         elif run.scaler is not None and run.gradients.present:
             run.scaler.update()  # which halves a scale that was too large
@@ -262,7 +268,7 @@ class Trainer:
         if run.monitor is not None:
             self.metrics |= run.monitor.follow(self.metrics)
         perf = line.advance(self.metrics, balanced=run.loss.balance.mode != "none")
-        perf["perf/data_wait_seconds"] = closed.window.waiting
+        perf["perf/data_wait_seconds"], self._waiting = self._waiting, 0.0
         run.log({**self.metrics, **perf, **rates}, progress.step)
         if run.rank == 0:
             self._notes.step(progress.step, {**self.metrics, **perf})

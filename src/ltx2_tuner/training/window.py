@@ -16,7 +16,7 @@ from ltx2_tuner.training.objective import LossTerms, band_losses
 
 @dataclass
 class MicroBatch:
-    """What stays of a micro-batch until its window ends. The loss tensors are detached device scalars."""
+    """What stays of a micro-batch until its window is counted. The loss tensors are detached device scalars."""
 
     items: list[str]
     slot: int  # place in the epoch
@@ -25,18 +25,6 @@ class MicroBatch:
     terms: LossTerms
     video_sigma: list[float]
     audio_sigma: list[float]
-
-
-@dataclass
-class Window:
-    """The micro-batches of one optimizer step. waiting: seconds spent on waiting for their data."""
-
-    batches: list[MicroBatch] = field(default_factory=list)
-    waiting: float = 0.0
-
-    @property
-    def items(self) -> list[str]:
-        return [item for batch in self.batches for item in batch.items]
 
 
 @dataclass(frozen=True)
@@ -177,9 +165,13 @@ class Fetch:
 class ClosedWindow:
     """A window whose gradients are complete. stepped: the device has been told to step on them if they are finite."""
 
-    window: Window
+    batches: list[MicroBatch]
     fetch: Fetch
     stepped: bool
+
+    @property
+    def items(self) -> list[str]:
+        return [item for batch in self.batches for item in batch.items]
 
 
 def _scalar(value: torch.Tensor | float, device: torch.device) -> torch.Tensor:
