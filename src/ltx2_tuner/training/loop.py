@@ -102,7 +102,7 @@ class Trainer:
             batch = next(batches)
             self._waiting += time.perf_counter() - before
             window.append(self._micro_batch(batch, slot))
-            self._stopping |= self._settle(line)
+            self._stopping |= self._settle(line)  # the window before
             progress.step_in_epoch = slot + 1
             if len(window) < self.run.loop.accumulation and slot != last_slot:
                 continue
