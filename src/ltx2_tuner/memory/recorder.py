@@ -224,7 +224,7 @@ def _leave_capture(pool: tuple[int, int]) -> None:
     with contextlib.suppress(RuntimeError, AttributeError):  # it was ended
         torch._C._cuda_endAllocateToPool(device, pool)
         torch._C._cuda_releasePool(device, pool)  # as `torch.cuda.use_mem_pool` ends
-    with contextlib.suppress(IndexError, AttributeError):
+    with contextlib.suppress(RuntimeError, IndexError, AttributeError):
         generator = torch.cuda.default_generators[device]
         generator.graphsafe_set_state(generator.clone_state())
 
