@@ -93,6 +93,8 @@ def test_code_for_any_length_is_whole_with_many_tokens(monkeypatch: pytest.Monke
         for pair in zip(found, wanted, strict=True):
             torch.testing.assert_close(*pair, rtol=1e-3, atol=1e-6)
     assert counters["stats"]["unique_graphs"] == len(PARTS)
+    with model.attention_backend("sdpa"), torch.no_grad():  # as previews may have it
+        model(**tiny.inputs(model.config, per_token=False))
 
 
 def test_each_part_has_code_of_its_own() -> None:

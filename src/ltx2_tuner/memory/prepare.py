@@ -71,8 +71,9 @@ def prepare_model(
         shards: what took the matrices of all blocks while they were loaded, for a sharded model.
         hosts: what took those of streamed blocks while they were loaded.
     """
-    any_length = compiled(compilation, device) and compilation.dynamic is not False
-    model.set_attention_backend(usable_backend(options.attention, device), any_length=any_length)
+    compiles = compiled(compilation, device)
+    model.blocks_alike, model.any_length = compiles, compiles and compilation.dynamic is not False
+    model.set_attention_backend(usable_backend(options.attention, device))
     if options.split_attention != "none":
         model.split_attention(options.split_attention, options.split_mode or "batch", options.split_chunk)
     if options.ffn_chunk_size:
@@ -83,7 +84,11 @@ def prepare_model(
         store = ShardedStore(model.transformer_blocks, shards, device, ring=options.ring)
         model.block_runner = store
     _recompute(model, options, device)
-    return MemoryPlan(store, bool(options.checkpointing), _compile(model, compilation, device))
+    if compiles:
+        _compile(model, compilation)
+    elif compilation.enabled is None and device.type == "cuda":
+        logger.info("no compiler back end (Triton) here: blocks are not compiled")
+    return MemoryPlan(store, bool(options.checkpointing), compiles)
 
 
 def rearrange(model: LTXTransformer, plan: MemoryPlan, options: MemoryOptions, device: torch.device) -> MemoryPlan:
@@ -126,19 +131,13 @@ def _recompute(model: LTXTransformer, options: MemoryOptions, device: torch.devi
                 layer.shown = count is None or index < count
 
 
-def _compile(model: LTXTransformer, options: CompileOptions, device: torch.device) -> bool:
+def _compile(model: LTXTransformer, options: CompileOptions) -> None:
     """Compile each block by itself, so that the first step does not wait for the whole model."""
-    wanted = compiled(options, device)
-    if options.enabled is None and device.type == "cuda" and not wanted:
-        logger.info("no compiler back end (Triton) here: blocks are not compiled")
-    model.blocks_alike = wanted
-    if wanted:
-        compile_blocks(
-            model.transformer_blocks,
-            backend=options.backend,
-            mode=None if options.mode == "default" else options.mode,
-            dynamic=options.dynamic,
-            fullgraph=options.fullgraph,
-            cache_entries=options.cache_size_limit or CACHE_ENTRIES,
-        )
-    return wanted
+    compile_blocks(
+        model.transformer_blocks,
+        backend=options.backend,
+        mode=None if options.mode == "default" else options.mode,
+        dynamic=options.dynamic,
+        fullgraph=options.fullgraph,
+        cache_entries=options.cache_size_limit or CACHE_ENTRIES,
+    )

@@ -92,6 +92,7 @@ class LTXTransformer(nn.Module):
         block_outputs: None, or called with `(index, video, audio)`, the hidden states after each block.
         blocks_alike: True has the first block compute a gradient of its inputs, which nobody needs, as all others do:
             compiled code then serves all of them.
+        any_length: blocks are compiled for any number of tokens; set it before the attention backend is chosen.
     """
 
     def __init__(self, config: TransformerConfig, variant: str = "av") -> None:
@@ -112,6 +113,7 @@ class LTXTransformer(nn.Module):
         self.before_blocks: Callable[[], None] | None = None
         self.block_outputs: Callable[[int, Tensor | None, Tensor | None], None] | None = None
         self.blocks_alike = False
+        self.any_length = False
         self._checkpointed: frozenset[int] = frozenset()
 
     def _add_stream(self, stream: str) -> None:
@@ -160,9 +162,9 @@ class LTXTransformer(nn.Module):
         for block in self.transformer_blocks:
             block.keep_products, block.saved_inputs = keep_products, saved_inputs
 
-    def set_attention_backend(self, name: str, *, any_length: bool = False) -> None:
-        """Use `sdpa`, `flash_attn`, `flash3` or `xformers` in all blocks; arguments as of `attention_function`."""
-        attend = attention_function(name, any_length=any_length)
+    def set_attention_backend(self, name: str) -> None:
+        """Use `sdpa`, `flash_attn`, `flash3` or `xformers` in all blocks."""
+        attend = attention_function(name, any_length=self.any_length)
         for module in self._block_modules("all", ATTENTION_TARGETS):
             module.attend = attend
 
