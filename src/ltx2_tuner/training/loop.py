@@ -192,7 +192,7 @@ class Trainer:
             for batch in batches:
                 run.monitor.observe(batch.has_audio)
         bad = sum((~torch.isfinite(batch.total)).float() for batch in batches).reshape(1).to(run.device)
-        stopped = torch.full((1,), float(stop.raised or self._stopping), device=run.device)
+        stopped = torch.full((1,), float(stop.raised), device=run.device)
         run.gradients.gather(bad, stopped)
         # After gathering, so that every process finds the same overflows.
         if run.scaler is not None and run.gradients.present:
@@ -216,11 +216,11 @@ class Trainer:
         steps: saving, validation, previews, whatever else reads or changes the network. All processes decide alike.
         """
         run, step = self.run, self.progress.step + 1
-        due = (run.saver.options.every_steps, run.validation.every_steps, run.samples.every_steps)
+        often = (run.saver.options.every_steps, run.validation.every_steps, run.samples.every_steps)
         return (
             self._closed.stepped
             and step < self.max_steps
-            and not any(every and step % every == 0 for every in due)
+            and not any(_due(every, step) for every in often)
             and not run.regularizers.members
             and not run.loop.scale_weight_norms
             and not self._stopping
@@ -277,8 +277,8 @@ class Trainer:
 
     def _log_used_sigmas(self) -> None:
         """Every so often, the distribution of sigma * 1000 since the last time."""
-        interval, step = self.run.histogram_interval, self.progress.step
-        if not interval or step % interval:
+        step = self.progress.step
+        if not _due(self.run.histogram_interval, step):
             return
         for name, sigmas in self._used_sigmas.items():
             if sigmas:
@@ -303,23 +303,22 @@ class Trainer:
 
     def _after_step(self, line: StepLine) -> None:
         run, step = self.run, self.progress.step
-        if run.saver.options.every_steps and step % run.saver.options.every_steps == 0:
+        if _due(run.saver.options.every_steps, step):
             self._save(Moment("step", step, self.progress.epoch))
-        if run.validation.every_steps and step % run.validation.every_steps == 0:
+        if _due(run.validation.every_steps, step):
             self._validate()
-        if run.samples.every_steps and step % run.samples.every_steps == 0:
+        if _due(run.samples.every_steps, step):
             self._sample(None)
         line.pause()
 
     def _end_epoch(self, epoch: int, line: StepLine) -> None:
         run = self.run
         run.log({"loss/epoch": self.average.value}, self.progress.step)
-        options = run.saver.options
-        if options.every_epochs and epoch % options.every_epochs == 0 and self.progress.step < self.max_steps:
+        if _due(run.saver.options.every_epochs, epoch) and self.progress.step < self.max_steps:
             self._save(Moment("epoch", self.progress.step, epoch))
-        if run.validation.every_epochs and epoch % run.validation.every_epochs == 0:
+        if _due(run.validation.every_epochs, epoch):
             self._validate()
-        if run.samples.every_epochs and epoch % run.samples.every_epochs == 0:
+        if _due(run.samples.every_epochs, epoch):
             self._sample(epoch)
         line.pause()
 
@@ -382,3 +381,8 @@ class Trainer:
 
     def _zero_gradients(self) -> None:
         self.run.optimizer.zero_grad(set_to_none=True)
+
+
+def _due(every: int | None, count: int) -> bool:
+    """Whether what happens every so many steps or epochs, or never, happens after this one."""
+    return bool(every) and count % every == 0
