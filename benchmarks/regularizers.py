@@ -26,7 +26,6 @@ from benchmarks import train_step
 from ltx2_tuner.cli.allocator import keep_memory_in_one_piece
 from ltx2_tuner.memory.prepare import host_blocks, prepare_model
 from ltx2_tuner.models.transformer.tokens import audio_latent_length
-from ltx2_tuner.training.acceleration import accelerate
 from ltx2_tuner.training.draws import TrainingDraws
 from ltx2_tuner.training.modes import MODES, Compute, ModeOptions
 from ltx2_tuner.training.objective import task_loss
@@ -69,8 +68,7 @@ class Bench:
         self.model, self.network = train_step.build(args, device, hosts)
         compilation = train_step.compile_options(args)
         self.plan = prepare_model(self.model, memory, compilation, device, hosts=hosts)
-        if args.joint:
-            accelerate(self.model, self.network, self.plan, torch.bfloat16, graphs=args.graphs, streams=args.streams)
+        train_step.accelerated(args, self.model, self.network, self.plan)
         self.grid = ((args.frames - 1) // 8 + 1, args.size[0] // 32, args.size[1] // 32)
         self.autocast = (
             contextlib.nullcontext if device.type == "cpu" else lambda: torch.autocast(device.type, torch.bfloat16)

@@ -26,10 +26,11 @@ from ltx2_tuner.cli.allocator import keep_memory_in_one_piece
 from ltx2_tuner.devices import exact
 from ltx2_tuner.lora import LoRANetwork, Targets, select_layers
 from ltx2_tuner.memory.activations import BatchShape
+from ltx2_tuner.memory.graphs import TrainingGraphs
 from ltx2_tuner.memory.host_blocks import HostBlocks
-from ltx2_tuner.memory.options import CompileOptions, MemoryOptions
+from ltx2_tuner.memory.options import DYNAMIC, CompileOptions, MemoryOptions
 from ltx2_tuner.memory.planner import Footprint, settle
-from ltx2_tuner.memory.prepare import host_blocks, prepare_model
+from ltx2_tuner.memory.prepare import MemoryPlan, host_blocks, prepare_model
 from ltx2_tuner.memory.sharding import BlockShards
 from ltx2_tuner.models.transformer import LTXTransformer, Modality, TransformerConfig
 from ltx2_tuner.models.transformer.tokens import audio_latent_length, audio_positions, video_positions
@@ -42,7 +43,6 @@ WARM_UP, MEASURED = 4, 6
 TEXT_TOKENS = 1024
 FPS = 25.0
 PEAK_BF16 = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "4090": 165e12, "5090": 210e12}  # dense, FLOP/s
-DYNAMIC = {"false": False, "auto": None, "true": True}
 PRECISIONS = {
     "bf16": WeightFormat(),
     "fp8": WeightFormat("fp8"),
@@ -224,6 +224,15 @@ def compile_options(args: argparse.Namespace) -> CompileOptions:
     return CompileOptions(enabled=args.compile, dynamic=DYNAMIC[args.dynamic])
 
 
+def accelerated(
+    args: argparse.Namespace, model: LTXTransformer, network: LoRANetwork, plan: MemoryPlan
+) -> TrainingGraphs | None:
+    """The model with joint products and recorded passes, as the trainer has them, where the flags leave them."""
+    if not args.joint:
+        return None
+    return accelerate(model, network, plan, torch.bfloat16, graphs=args.graphs, streams=args.streams)
+
+
 class Step:
     """One training step on fixed inputs.
 
@@ -262,12 +271,8 @@ class Step:
         self.accelerate(args)
 
     def accelerate(self, args: argparse.Namespace) -> None:
-        """Joint products and recorded passes, as the trainer has them."""
-        self.graphs = None
-        if args.joint:
-            self.graphs = accelerate(
-                self.model, self.network, self.plan, torch.bfloat16, graphs=args.graphs, streams=args.streams
-            )
+        """Joint products and recorded passes."""
+        self.graphs = accelerated(args, self.model, self.network, self.plan)
 
     def average(self) -> None:
         """Between backward and clipping; nothing in one process."""

@@ -35,7 +35,7 @@ def test_flags_reach_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("flags", [[], ["--no-graphs", "--streams", "1"], ["--no-joint"]])
 def test_passes_are_made_fast_as_the_flags_say(monkeypatch: pytest.MonkeyPatch, flags: list[str]) -> None:
     asked = []
-    monkeypatch.setattr(regularizers, "accelerate", lambda *_, **keywords: asked.append(keywords))
+    monkeypatch.setattr(regularizers.train_step, "accelerate", lambda *_, **keywords: asked.append(keywords))
     args = regularizers.train_step.parse_arguments([*SMALL, *flags])
     regularizers.Bench(args, regularizers.torch.device("cpu"))
     assert asked == ([{"graphs": args.graphs, "streams": args.streams}] if args.joint else [])

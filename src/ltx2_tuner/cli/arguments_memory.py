@@ -11,7 +11,7 @@ import torch
 from ltx2_tuner.checkpoint.precision import PrecisionOptions
 from ltx2_tuner.errors import UserError
 from ltx2_tuner.lora.options import BUILT_IN
-from ltx2_tuner.memory.options import CompileOptions, MemoryOptions
+from ltx2_tuner.memory.options import DYNAMIC, CompileOptions, MemoryOptions
 from ltx2_tuner.models.transformer.model import ATTENTION_TARGETS, FEED_FORWARD_TARGETS
 from ltx2_tuner.quantization.formats import WeightFormat
 
@@ -94,7 +94,7 @@ def add_attention_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--compile_mode", choices=_MODES, default="default", help="torch.compile mode")
     group.add_argument(
         "--compile_dynamic",
-        choices=("true", "false", "auto"),
+        choices=tuple(DYNAMIC),
         help="code is made for any number of tokens, for each shape anew, or for any from the second shape on "
         "(default: false, true for more than 3 batch shapes)",
     )
@@ -317,7 +317,7 @@ def memory_options(args: argparse.Namespace) -> MemoryOptions:
 
 def compile_options(args: argparse.Namespace) -> CompileOptions:
     """How blocks are compiled."""
-    dynamic = {"true": True, "false": False, "auto": None}[args.compile_dynamic or "false"]
+    dynamic = DYNAMIC[args.compile_dynamic or "false"]
     typed = args.compile
     if typed is None and args.dynamo_backend.upper() != "NO":
         typed = True

@@ -36,6 +36,9 @@ class MemoryOptions:
         return self.ring_size or 2
 
 
+DYNAMIC = {"true": True, "false": False, "auto": None}  # what flags call the kinds of `CompileOptions.dynamic`
+
+
 @dataclass(frozen=True)
 class CompileOptions:
     """torch.compile per block.

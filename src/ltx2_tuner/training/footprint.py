@@ -179,8 +179,8 @@ def batch_shapes(config: TrainingConfig, data: TrainingData) -> Iterator[tuple[B
 def suited(options: CompileOptions, shapes: int) -> CompileOptions:
     """How blocks are compiled for batches of so many shapes, unless the user has said it.
 
-    Compiling takes its time for each shape. Code for any number of tokens takes twice that, once, and is a little
-    slower.
+    Compiling takes its time for each shape. Code for any number of tokens takes more than half as long again, once, and
+    is a little slower.
     """
     if options.dynamic_typed or shapes <= _STATIC_SHAPES:
         return options

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ltx2_tuner.devices import send
 from ltx2_tuner.errors import UserError
 from ltx2_tuner.training.regularizers.base import Regularizer, TensorGroups, Trained, Work
 from ltx2_tuner.training.regularizers.options import DINO_WIDTHS, CrepaOptions
@@ -107,7 +108,7 @@ class Crepa(Regularizer):
         side = math.isqrt(patches)
         index = [frame * (count - 1) // max(frames - 1, 1) for frame in range(frames)]
         # Of eight pixel frames one is compared: the others need not travel.
-        picked = [features[:, place].to(student.device, non_blocking=True) for place in index]
+        picked = [send(features[:, place], student.device) for place in index]
         theirs = torch.stack(picked, dim=1).float()  # (B, F, P, D)
         mine = self._project(student).unflatten(1, (frames, height, width)).flatten(0, 1).permute(0, 3, 1, 2)
         mine = F.interpolate(mine, size=(side, side), mode="bilinear", align_corners=False)

@@ -209,7 +209,7 @@ class SelfFlow(Regularizer):
         if self._features is None:
             return None
         student = work.hidden[self._chosen]
-        teacher = self._features.to(student.device, non_blocking=True).float()
+        teacher = send(self._features, student.device).float()
         self._features = None
         options, factor = self.options, self._factor(work.step)
         parts = []
